@@ -1,0 +1,196 @@
+"""The loop every stage shares but PPO: it knows steps, batches and files, and nothing of models.
+
+At any moment the process may be killed; the same command then continues from the newest sound checkpoint, and the
+parameters and the loss trace come out bit for bit as if nothing had happened. That holds because batch k is a function
+of k, because a checkpoint carries the step and all counters, and because lines beyond it are dropped and written again.
+"""
+
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from llama2_jax.config import UserError
+from llama2_jax.train.checkpoint import Checkpoints, Tree
+from llama2_jax.train.metrics import Meter, Progress, Report
+from llama2_jax.train.workdir import no_space_is_said
+
+HELDOUT = 'heldout/loss'  # the evaluation that decides which checkpoint is best
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How often what happens, in steps; 0 is never, and the last step does everything. No result depends on these."""
+
+    log_every: int = 10
+    eval_every: int = 500
+    sample_every: int = 500
+    checkpoint_every: int = 500  # a multiple of eval_every, or there is no best checkpoint to keep
+    keep_last: int = 3
+    keep_best: bool = True  # the checkpoint of the lowest held-out loss
+    keep_every: int = 0
+    skip_nonfinite: int = 0  # so many steps with a non-finite loss or gradient may be skipped, then the run stops
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least = 1 if field.name in ('log_every', 'keep_last') else 0
+            if getattr(self, field.name) < least:
+                raise UserError(f'loop.{field.name} must be at least {least}, not {getattr(self, field.name)}.')
+
+
+def fit(
+    workdir: str | Path,
+    config: LoopConfig,
+    *,
+    abstract_state: Tree,
+    init: Callable[[], Tree],
+    step: Callable[[Tree, Any], tuple[Tree, Mapping[str, jax.Array]]],
+    batches: Callable[[int], Iterator[tuple[Any, Any]]],
+    steps: int,
+    describe: Callable[[Any], Sequence[str]] = lambda records: [str(records)],
+    evaluate: Callable[[Tree], Mapping[str, float]] | None = None,
+    sample: Callable[[Tree], str] | None = None,
+    flops_per_step: float = 0.0,
+    peak_flops: float | None = None,
+) -> Tree:
+    """Trains up to step `steps`, continuing from the newest sound checkpoint in `workdir` if there is one.
+
+    Args:
+      workdir: gets checkpoints/, metrics.jsonl, tensorboard/, samples.md and loss.png.
+      config: how often what happens.
+      abstract_state: shapes, dtypes and shardings of the state, as `jax.eval_shape` gives them.
+      init: makes the state of step 0; called only if there is no checkpoint.
+      step: (state, batch) -> (state, metrics), jitted, may donate the state. Metrics are scalars: loss, tokens (trained
+        on), finite, and any others to log. Where `finite` is false it must not have updated the parameters.
+      batches: of the number of steps done, an iterator over (batch, record ids) from there on.
+      steps: the last step.
+      describe: names for record ids, for the message about a non-finite loss.
+      evaluate: state -> figures to log; 'heldout/loss' among them decides the best checkpoint.
+      sample: state -> Markdown for samples.md.
+      flops_per_step: model FLOPs of a whole batch.
+      peak_flops: FLOP/s of one chip, if known.
+
+    Returns:
+      The state after `steps` steps.
+
+    Raises:
+      UserError: non-finite loss, no space left, no readable checkpoint, or data that ends early.
+      SystemExit: with code 0 after a SIGTERM or the notice of a preemption, when the state is saved.
+    """
+    workdir = Path(workdir).absolute()
+    retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
+    with (
+        no_space_is_said(workdir),
+        Checkpoints(workdir / 'checkpoints', **retention) as checkpoints,
+        Interruption() as interruption,
+    ):
+        state, progress = checkpoints.restore(abstract_state) or (None, {})
+        progress = Progress(**progress)
+        state = init() if state is None else state
+        meter = Meter(flops_per_step, peak_flops)
+        with Interruption() as interruption, Report(workdir, progress, meter, steps) as report:
+
+            def settle(number, metrics, records, evaluation=None):
+                line = report.complete(number, metrics)
+                if not line.pop('finite'):
+                    _skip_or_stop(config, report, checkpoints, line['loss'], describe(records))
+                if not evaluation and not _due(number, config.log_every, steps):
+                    return {}
+                line |= meter.read()  # before the evaluation, whose time is not the steps'
+                figures = evaluation() if evaluation else {}
+                report.write(line | figures)
+                return figures
+
+            waiting = None
+            for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
+                state, metrics = step(state, batch)
+                # Only now that this step is queued, wait for the one before: the device never idles for the host.
+                if waiting:
+                    settle(*waiting)
+                waiting = number, metrics, records
+                stop = interruption.reached(number)
+                evaluates = evaluate and _due(number, config.eval_every, steps)
+                samples = sample and _due(number, config.sample_every, steps)
+                saves = stop or _due(number, config.checkpoint_every, steps)
+                if not (evaluates or samples or saves):
+                    continue
+                figures = settle(*waiting, partial(evaluate, state) if evaluates else None)
+                waiting = None
+                if samples:
+                    report.sample(number, sample(state))
+                if saves:
+                    checkpoints.save(number, state, dataclasses.asdict(progress), figures.get(HELDOUT))
+                if evaluates:
+                    report.plot()
+                if stop:
+                    _leave(number, steps, checkpoints, report)
+                meter.pause()
+    return state
+
+
+def _due(number: int, every: int, steps: int) -> bool:
+    return number == steps or bool(every and number % every == 0)
+
+
+def _numbered(data: Iterator[tuple[Any, Any]], done: int, steps: int) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    for number in range(done + 1, steps + 1):
+        try:
+            yield number, next(data)
+        except StopIteration:
+            raise UserError(f'The data ended after {number - 1} of {steps} steps.') from None
+
+
+def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, loss: float, records: Sequence[str]) -> None:
+    """Says that a step had no finite loss or gradient, and stops once more than `config.skip_nonfinite` had none."""
+    step, skipped = report.progress.step, report.progress.skipped
+    rows = ', '.join(records[:8]) + (f' and {len(records) - 8} more' if len(records) > 8 else '')
+    what = (
+        f'Step {step} has {"a gradient that is not finite" if math.isfinite(loss) else f"the loss {loss}"}; its batch is: {rows}'
+    )
+    if skipped <= config.skip_nonfinite:
+        report.say(f'{what}. Skipped without an update ({skipped} of at most {config.skip_nonfinite}).')
+        return
+    checkpoints.wait()
+    last = checkpoints.directory / str(checkpoints.steps[-1]) if checkpoints.steps else 'none yet'
+    raise UserError(
+        f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N would go on without up to N such steps.'
+    )
+
+
+def _leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> None:
+    checkpoints.wait()
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    report.say(f'Interrupted: step {number} of {steps} is saved in {checkpoints.directory}. To continue, run it again: {command}')
+    raise SystemExit(0)
+
+
+class Interruption:
+    """Notices SIGTERM, or a preemption of any of several processes, and has all of them stop after the same step."""
+
+    def __enter__(self) -> 'Interruption':
+        self._asked = False
+        # Several processes: JAX's own service catches the signal and agrees on a step; notebooks' threads cannot listen.
+        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; every process asks after every step."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)

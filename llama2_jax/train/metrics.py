@@ -1,0 +1,240 @@
+"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard, samples.md and the picture of the loss curve."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.train.workdir import write_atomically
+
+QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+class Meter:
+    """Speed over the steps since the last reading; compilation, evaluations and saves are left out.
+
+    Args:
+      flops_per_step: of the whole batch, for all chips together.
+      peak_flops: of one chip, or None if unknown.
+    """
+
+    def __init__(self, flops_per_step: float, peak_flops: float | None):
+        self._flops = flops_per_step / jax.device_count()
+        self._peak = peak_flops
+        self.pause()
+
+    def pause(self) -> None:
+        """Forgets the time until the next step is counted."""
+        self._began, self._steps, self._tokens = None, 0, 0
+
+    def count(self, tokens: int) -> None:
+        """One more step is complete. The first one after a pause starts the clock only."""
+        if self._began is None:
+            self._began = time.perf_counter()
+            return
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float | None]:
+        """tokens_per_second of all chips, tflops (1e12 a second) and mfu (0 to 1) of one; None where unknown."""
+        steps, tokens, began = self._steps, self._tokens, self._began
+        if not steps:
+            return {'tokens_per_second': None, 'tflops': None, 'mfu': None}
+        self._began, self._steps, self._tokens = time.perf_counter(), 0, 0
+        seconds = self._began - began
+        flops = self._flops * steps / seconds
+        return {
+            'tokens_per_second': tokens / seconds,
+            'tflops': flops / 1e12 if flops else None,
+            'mfu': flops / self._peak if flops and self._peak else None,
+        }
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint holds beside the state. The data position is the number of batches taken, which is `step`."""
+
+    step: int = 0
+    tokens: int = 0  # trained on so far
+    skipped: int = 0  # steps without an update, as their loss or gradient was not finite
+    seconds: float = 0.0  # spent in the loop so far, over all restarts
+
+
+class Report:
+    """Counts the steps in `progress` and writes the files of a run and its progress bar; only process 0 writes.
+
+    What earlier lines and samples lie beyond `progress.step` is dropped on opening: they will be written again, just the same.
+
+    Raises:
+      UserError: a line of metrics.jsonl is damaged.
+    """
+
+    def __init__(self, workdir: Path, progress: Progress, meter: Meter, steps: int):
+        self.progress, self._meter = progress, meter
+        self._writes = jax.process_index() == 0
+        self._workdir = workdir
+        self._began = time.perf_counter() - progress.seconds
+        if not self._writes:
+            return
+        drop_metrics(workdir / 'metrics.jsonl', progress.step)
+        self._lines = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+        if (workdir / 'samples.md').exists():
+            write_atomically(workdir / 'samples.md', _samples_until(workdir / 'samples.md', progress.step))
+        # The writer without SummaryWriter's thread: that one would swallow a full disk and then wait for ever.
+        (workdir / 'tensorboard').mkdir(exist_ok=True)
+        self._board = EventsWriter(str(workdir / 'tensorboard' / 'events'))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what earlier files hold from this step on
+        self._board.write_event(Event(step=progress.step + 1, wall_time=time.time(), session_log=start))
+        self._bar = Bar(progress.step, steps)
+
+    def __enter__(self) -> 'Report':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writes:
+            self._bar.close()
+            self._lines.close()
+            self._board.close()
+
+    def complete(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """Waits for the metrics of a step and counts it; returns its line, with 'finite' in it."""
+        values = {key: value.item() for key, value in jax.device_get(dict(metrics)).items()}
+        loss, tokens, finite = values.pop('loss'), int(values.pop('tokens')), values.pop('finite')
+        self.progress.step = step
+        self.progress.tokens += tokens if finite else 0
+        self.progress.skipped += not finite
+        self.progress.seconds = time.perf_counter() - self._began
+        self._meter.count(tokens)
+        if self._writes:
+            self._bar.advance()
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        counts = {'step': step, 'tokens': self.progress.tokens, 'seconds': self.progress.seconds}
+        return {**counts, 'loss': loss, 'perplexity': perplexity, **values, 'finite': finite}
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Logs a line of `complete` with whatever was added to it; what is not finite becomes null."""
+        if not self._writes:
+            return
+        line = {key: value if value is not None and math.isfinite(value) else None for key, value in line.items()}
+        self._lines.write(json.dumps(line, allow_nan=False) + '\n')
+        self._lines.flush()
+        for key, value in line.items():
+            if value is not None and key != 'step':
+                event = Event(step=line['step'], wall_time=time.time(), summary=scalar(key, value, display_name=key))
+                self._board.write_event(event)
+        self._board.flush()
+        self._bar.show(line)
+
+    def sample(self, step: int, text: str) -> None:
+        """Puts the section of this step at the end of samples.md."""
+        path = self._workdir / 'samples.md'
+        if self._writes:
+            write_atomically(path, f'{_samples_until(path, step - 1)}<!-- step {step} -->\n## Step {step}\n\n{text.strip()}\n\n')
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, above the progress bar."""
+        if self._writes:
+            tqdm.write(text, file=sys.stderr)
+
+    def plot(self) -> None:
+        """Draws loss.png."""
+        if self._writes:
+            plot(self._workdir)
+
+
+class Bar:
+    """Progress, loss, speed and time left: a bar on a terminal, and now and then a line elsewhere."""
+
+    def __init__(self, step: int, steps: int):
+        self._terminal = sys.stderr.isatty()
+        self._tqdm = tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, disable=not self._terminal)
+        self._step, self._first, self._steps = step, step, steps
+        self._began, self._printed = time.monotonic(), -math.inf
+
+    def advance(self) -> None:
+        """One more step is complete."""
+        self._step += 1
+        self._tqdm.update()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows a line of metrics; without a terminal the first, the last, evaluations, and one every few seconds."""
+        parts = ['loss null' if line['loss'] is None else f'loss {line["loss"]:.4f}']
+        parts += [f'{key} {value:.4f}' for key, value in line.items() if key == 'heldout/loss']
+        if line.get('tokens_per_second'):
+            parts.append(f'{line["tokens_per_second"]:,.0f} tokens/s')
+        if line.get('mfu'):
+            parts.append(f'MFU {line["mfu"]:.1%}')
+        self._tqdm.set_postfix_str(', '.join(parts))
+        now = time.monotonic()
+        if self._terminal or ('heldout/loss' not in line and self._step < self._steps and now - self._printed < QUIET_SECONDS):
+            return
+        self._printed = now
+        left = (now - self._began) / max(self._step - self._first, 1) * (self._steps - self._step)
+        print(f'step {line["step"]}/{self._steps}: {", ".join(parts)}, {tqdm.format_interval(left)} left', file=sys.stderr)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._tqdm.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that a kill has cut short does not count.
+
+    Raises:
+      UserError: for a damaged line, naming it.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True), start=1):
+        try:
+            line = json.loads(text)
+            lines.append(line | {'step': int(line['step'])})
+        except (ValueError, KeyError, TypeError):
+            if text.endswith('\n'):
+                raise UserError(f'{path}:{number} is damaged: it is not a JSON object with a "step".') from None
+    return lines
+
+
+def drop_metrics(path: Path, step: int) -> None:
+    """Removes the lines beyond `step` from a metrics.jsonl: a resumed run writes them again, just the same."""
+    if path.exists():
+        write_atomically(path, ''.join(json.dumps(line) + '\n' for line in read_metrics(path) if line['step'] <= step))
+
+
+def _samples_until(path: Path, step: int) -> str:
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    for section in re.finditer(r'^<!-- step (\d+) -->$', text, re.MULTILINE):
+        if int(section[1]) > step:
+            return text[: section.start()]
+    return text
+
+
+def plot(workdir: Path) -> None:
+    """Draws the loss by step, and the held-out losses where there are any, from metrics.jsonl to loss.png."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state; half a second to import
+
+    lines = read_metrics(workdir / 'metrics.jsonl')
+    names = ['loss', *sorted({name for line in lines for name in line if name.startswith('heldout') and name.endswith('loss')})]
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot(xlabel='step', ylabel='loss (nats a token)')
+    for name in names:
+        points = [(line['step'], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=None if name == 'loss' else 'o', markersize=3)
+    if axes.lines:
+        axes.legend()
+    temporary = workdir / 'loss.tmp.png'
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, workdir / 'loss.png')

@@ -1,0 +1,109 @@
+"""The working directory of a run: it belongs to one configuration, and its small files change atomically."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from llama2_jax import config as config_lib
+from llama2_jax.config import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] = ()) -> Path:
+    """Makes `workdir` the home of `config` (a dataclass), or checks that it already is; every process calls it.
+
+    `may_change` lists the dotted fields or sections that a resumed run may change because no result depends on them
+    ('mesh', 'data.workers'); config.json follows them.
+
+    Raises:
+      UserError: the directory holds a run of another configuration (the first differing field and both values are
+        named), its config.json is damaged, or it cannot be written.
+    """
+    workdir = Path(workdir).absolute()
+    path = workdir / 'config.json'
+    text = config_lib.to_json(config)
+    if path.exists():
+        _check_same(path, json.loads(text), may_change)
+    barrier('workdir checked')  # nobody writes before everybody has looked
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(f'The workdir {workdir} cannot be written: {error.strerror}.') from None
+    barrier('workdir written')
+    return workdir
+
+
+def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:
+    try:
+        theirs = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}); restore it, or start in another --workdir.') from None
+    ours, theirs = dict(_fields(ours)), dict(_fields(theirs))
+    for field in [*ours, *(theirs.keys() - ours.keys())]:
+        if any(field == free or field.startswith(free + '.') for free in may_change):
+            continue
+        ours_text, theirs_text = (json.dumps(side[field]) if field in side else 'nothing' for side in (ours, theirs))
+        if ours_text != theirs_text:
+            raise UserError(
+                f'{path.parent} belongs to a run with {field}={theirs_text}, and this one has {field}={ours_text}: '
+                'use the same settings to continue it, or another --workdir.'
+            )
+
+
+def _fields(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """The leaves of nested JSON objects by dotted path; lists are leaves."""
+    if not isinstance(tree, Mapping):
+        yield prefix, tree
+        return
+    for name, value in tree.items():
+        yield from _fields(value, f'{prefix}.{name}' if prefix else name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file at `path`: whoever looks, at any moment and after any crash, sees the old text or the new."""
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def no_space_is_said(directory: Path) -> Iterator[None]:
+    """Turns running out of disk space anywhere inside into a UserError that names `directory`."""
+    try:
+        yield
+    except Exception as error:
+        if not _out_of_space(error):
+            raise
+        raise UserError(
+            f'No space left while writing to {directory}: the checkpoints already there are intact; '
+            'free some space and run the same command again to continue.'
+        ) from error
+
+
+def _out_of_space(error: BaseException | None) -> bool:
+    # TensorStore reports the system's error as the text of a ValueError, and Orbax wraps errors of its threads.
+    while error is not None:
+        texts = [os.strerror(code) for code in _NO_SPACE]
+        if getattr(error, 'errno', None) in _NO_SPACE or any(text in str(error) for text in texts):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
