@@ -1,7 +1,7 @@
 """Source strings to documents: `toy:NAME`, `text:GLOB`, `jsonl:GLOB`, `arrayrecord:GLOB`, `tfds:NAME[/CONFIG][:VERSION][#split]`.
 
-Everything streams: no file is ever held in memory. Files ending in `.gz` are decompressed on the way, and `gs://` globs work where
-etils.epath can read them (`pip install gcsfs`, or a mounted bucket).
+Everything streams: no file is ever held in memory. Files ending in `.gz` are decompressed on the way, and `gs://` globs work
+where `etils.epath` can read them (`pip install gcsfs`), except `arrayrecord:`, which needs a mounted bucket.
 """
 
 import dataclasses
@@ -205,7 +205,11 @@ class _Gzip(gzip.GzipFile):
 
     def __init__(self, path: str, raw: BinaryIO):
         super().__init__(fileobj=raw, mode='rb')
-        self._where = path
+        self._where, self._raw = path, raw
+
+    def close(self) -> None:
+        super().close()
+        self._raw.close()
 
     def readinto(self, buffer) -> int:
         try:
@@ -269,6 +273,8 @@ def _read_arrayrecord(path: str) -> Iterator[str]:
     number = 0
     try:
         reader = ArrayRecordReader(path)
+        if not reader.ok():  # a cut file claims to have no records
+            raise ValueError('it has no end mark')
         for number in range(reader.num_records()):
             yield _text_field(reader.read(), f'{path} record {number}')
         reader.close()

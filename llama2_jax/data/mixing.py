@@ -1,0 +1,76 @@
+"""Weights to rows: how many sequences of each source a run takes, and which row comes from which source. Exact, in fractions."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from llama2_jax.config import UserError
+from llama2_jax.data.sources import Component
+
+
+def water_fill(components: Sequence[Component], counts: Sequence[int], rows: int) -> list[Fraction]:
+    """The share of each source in a run of `rows` sequences, sum 1, no source beyond its epoch limit.
+
+    Shares are proportional to the weights as long as no limit binds. A source whose limit binds gives exactly that many
+    sequences, and what it cannot give goes to the others in proportion.
+
+    Args:
+      counts: sequences in one epoch of each source.
+
+    Raises:
+      UserError: if all sources together have too few sequences within their limits, with the numbers.
+
+    >>> a, b = Component('a', Fraction(3), epochs=Fraction(2)), Component('b', Fraction(1))
+    >>> water_fill([a, b], [30, 1000], rows=100)  # a would give 75, but has 2 * 30
+    [Fraction(3, 5), Fraction(2, 5)]
+    """
+    caps = [None if c.epochs is None else math.floor(c.epochs * n) for c, n in zip(components, counts, strict=True)]
+    fixed: dict[int, Fraction] = {}
+    while True:
+        free = [i for i in range(len(components)) if i not in fixed]
+        left = 1 - sum(fixed.values())
+        if not free:
+            if left:
+                names = ', '.join(f'{c.source} {cap}' for c, cap in zip(components, caps, strict=True))
+                raise UserError(
+                    f'The run needs {rows} sequences, but the epoch limits of the mixture allow {sum(caps)} ({names}); '
+                    'raise a limit, leave one off, or train for fewer tokens.'
+                )
+            return [fixed[i] for i in range(len(components))]
+        weight = sum(components[i].weight for i in free)
+        shares = {i: left * components[i].weight / weight for i in free}
+        bound = [i for i in free if caps[i] is not None and shares[i] * rows > caps[i]]
+        if not bound:
+            return [shares.get(i, fixed.get(i)) for i in range(len(components))]
+        fixed.update({i: Fraction(caps[i], rows) for i in bound})
+
+
+class Interleave:
+    """Row of the run to (source, row of that source): a `selection_map` for grain.
+
+    An even interleave with integer arithmetic, so that after any number of rows each source is within a few rows of its share,
+    and after `rows` rows a source with a whole number of them has given exactly that. `grain.MapDataset.mix` does the same with
+    shares rounded to a hundredth of the smallest, which is too coarse to keep an epoch limit.
+
+    >>> [Interleave([Fraction(1, 4), Fraction(3, 4)], 8)[row] for row in range(5)]
+    [(0, 0), (1, 0), (1, 1), (1, 2), (0, 1)]
+    """
+
+    def __init__(self, shares: Sequence[Fraction], rows: int):
+        scale = math.lcm(*(share.denominator for share in shares))
+        parts = [(int(share * scale), i) for i, share in enumerate(shares)]
+        # One that gives a whole number of rows (it may be at its limit) comes first: it then rounds against the run, not others.
+        self._parts = sorted(parts, key=lambda part: (part[0] * rows % scale > 0, part[1]))
+        self._total, self._rows = scale, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        total = self._total
+        for part, source in self._parts:
+            before, after = row * (total - part) // total, (row + 1) * (total - part) // total
+            if before == after:  # the sources after this one have as many rows as before: the row is this one's
+                return source, row - before
+            row, total = before, total - part
+        raise AssertionError('shares sum to 1')

@@ -1,0 +1,233 @@
+"""Pretraining batches: batch k is a function of (seed, k, mixture) alone.
+
+The same on one host or sixty-four, with any number of data workers, and after a restart, because nothing is a queue: row r of
+the run is row r of an interleave of sources, each source's sequences are shuffled by an index permutation with a new seed every
+epoch, and every sequence is read from its place in the token cache. So a run may start at any step at no cost, and the position
+is the step. (Under an epoch limit that binds, the shares depend on the length of the run too.)
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from llama2_jax.config import UserError
+from llama2_jax.data import packing
+from llama2_jax.data.cache import Cache, TokenStream
+from llama2_jax.data.mixing import Interleave, water_fill
+from llama2_jax.data.sources import parse_mixture
+from llama2_jax.data.tokenise import build
+
+Batch = dict[str, np.ndarray]
+THREADS = 1  # reading ahead; more only take the interpreter from each other, unless the disk is slow
+PREFETCH = 8  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+      mixture: `source[:weight][@epochs], source…` (`data/sources.py`).
+      cache_dir: where token caches lie; '' for $LLAMA2_JAX_CACHE, or ~/.cache/llama2_jax.
+      heldout: share of each source's documents that is never trained on.
+      workers: processes that read ahead; 0 for a thread of this one, which gives millions of tokens a second. Slow network disks
+        may need some; a script that asks for them needs an `if __name__ == '__main__'` guard.
+      mask_documents: attention stays inside a document. The paper lets it cross.
+    """
+
+    mixture: str = 'toy:documents'
+    cache_dir: str = ''
+    heldout: float = 0.01
+    workers: int = 0
+    mask_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout < 1:
+            raise UserError(f'data.heldout must be at least 0 and less than 1, not {self.heldout}.')
+        if self.workers < 0:
+            raise UserError(f'data.workers must not be negative, it is {self.workers}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceInfo:
+    """One source as the run uses it: `weight` is its share of the run's sequences, `documents` and `tokens` are to train on."""
+
+    name: str
+    weight: float
+    documents: int
+    tokens: int
+    epochs: float
+    heldout_tokens: int
+    heldout_bytes: int
+
+    def __str__(self) -> str:
+        counts = f'{self.documents:>12,} {self.tokens:>16,} {self.epochs:>8.2f} {self.heldout_tokens:>16,}'
+        return f'{self.name:<40} {self.weight:>8.4f} {counts}'
+
+
+class PretrainData:
+    """Batches of a mixture for one process of a run.
+
+    Args:
+      tokenizer: a `llama2_jax.text.tokenizer.Tokenizer`.
+      length: L, targets in a sequence.
+      batch_size: B, sequences in the batch of all processes together.
+      seed: any integer.
+      steps: batches in the run.
+      process_index, process_count: process p yields rows [p * b, (p + 1) * b) of each batch, b = B / process_count.
+      barrier: called with a name, returns when all processes have called it; needed when there are several.
+
+    Attributes:
+      sources: `SourceInfo` of each source of the mixture.
+
+    Raises:
+      UserError: for anything wrong with the mixture, its sources or the batch size.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        barrier: Callable[[str], None] | None = None,
+    ):
+        if batch_size % process_count:
+            raise UserError(f'A batch of {batch_size} sequences cannot be divided among {process_count} processes.')
+        self._length, self._bos, self._workers = length, tokenizer.bos_id, config.workers
+        self._batch_size, self._rows, self._steps = batch_size, batch_size // process_count, steps
+        self._index, self._count = process_index, process_count
+        components = parse_mixture(config.mixture)
+        root = config.cache_dir or os.environ.get('LLAMA2_JAX_CACHE') or '~/.cache/llama2_jax'
+        self._caches = [
+            build(
+                component.source,
+                tokenizer,
+                root,
+                heldout=config.heldout,
+                process_index=process_index,
+                process_count=process_count,
+                barrier=barrier or (lambda name: None),
+            )
+            for component in components
+        ]
+        counts = [packing.count(len(cache.train), length) for cache in self._caches]
+        for component, cache, count in zip(components, self._caches, counts, strict=True):
+            _check_count(component.source, cache, count)
+        shares = water_fill(components, counts, steps * batch_size)
+        self._sources = [
+            grain.MapDataset.source(_Sequences(i, cache.train, length)).shuffle(_source_seed(seed, component.source)).repeat()
+            for i, (component, cache) in enumerate(zip(components, self._caches, strict=True))
+        ]
+        self._order = Interleave(shares, steps * batch_size)
+        self.sources = [
+            SourceInfo(
+                name=component.source,
+                weight=float(share),
+                documents=cache.documents['train'],
+                tokens=cache.tokens['train'],
+                epochs=float(share * steps * batch_size / count),
+                heldout_tokens=cache.tokens['heldout'],
+                heldout_bytes=cache.bytes['heldout'],
+            )
+            for component, cache, count, share in zip(components, self._caches, counts, shares, strict=True)
+        ]
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step, start_step + 1, … steps - 1, this process's rows; starting late costs nothing.
+
+        Each is a dict: tokens and segment_ids int32 [b, L+1] (`packing.pack`), record_ids int64 [b, 2] (source, sequence).
+
+        Raises:
+          UserError: while iterating, for a damaged cache record.
+        """
+        rows = grain.MapDataset.select_from_datasets(self._sources, self._order)
+        batches = rows.batch(self._rows, batch_fn=self._collate)[self._index :: self._count][start_step:]
+        if not len(batches):
+            return iter(())
+        threads = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
+        dataset = batches.to_iter_dataset(threads)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also in a notebook or a plain script
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+        return iter(dataset)
+
+    def heldout(self, source: int) -> Iterator[Batch]:
+        """The held-out sequences of a source once, as batches like those of `train`; the same number on every process.
+
+        In a fixed shuffled order, so that the first few batches are a fair sample. Rows beyond the end are all padding, with
+        record_ids -1. A source too small to have a held-out document yields nothing.
+        """
+        sequences = _Sequences(source, self._caches[source].heldout, self._length)
+        for first in range(0, len(sequences), self._batch_size):
+            mine = range(first + self._index * self._rows, first + (self._index + 1) * self._rows)
+            yield self._collate([sequences.shuffled(i) if i < len(sequences) else _PADDING for i in mine])
+
+    def describe(self, record_ids: np.ndarray) -> list[str]:
+        """Rows of `record_ids` of `train` for people.
+
+        Such as 'text:corpus/*.txt sequence 17 (records 3-4 of train-00000.arrayrecord)'.
+        """
+        names = []
+        for source, sequence in np.asarray(record_ids).tolist():
+            stream = self._caches[source].train
+            place = stream.locate(*packing.window(sequence, self._length, len(stream)))
+            names.append(f'{self.sources[source].name} sequence {sequence} ({place})')
+        return names
+
+    def table(self) -> str:
+        """The sources as a table to print."""
+        head = f'{"source":<40} {"weight":>8} {"documents":>12} {"tokens":>16} {"epochs":>8} {"held-out tokens":>16}'
+        return '\n'.join([head, *map(str, self.sources)])
+
+    def _collate(self, rows: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> Batch:
+        tokens, segment_ids = packing.pack([ids for ids, _ in rows], self._length, self._bos)
+        return {'tokens': tokens, 'segment_ids': segment_ids, 'record_ids': np.array([record for _, record in rows], np.int64)}
+
+
+_PADDING = (np.empty(0, np.uint16), (-1, -1))
+
+
+class _Sequences:
+    """The sequences of a stream by number, for grain."""
+
+    def __init__(self, source: int, stream: TokenStream, length: int):
+        self._source, self._stream, self._length = source, stream, length
+        self._count = packing.count(len(stream), length)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, sequence: int) -> tuple[np.ndarray, tuple[int, int]]:
+        window = packing.window(sequence, self._length, len(self._stream))
+        return self._stream.read(*window), (self._source, sequence)
+
+    def shuffled(self, i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Sequence i of a fixed permutation."""
+        return self[grain.experimental.index_shuffle(i, max_index=self._count - 1, seed=0, rounds=4)]
+
+
+def _check_count(source: str, cache: Cache, count: int) -> None:
+    if not count:
+        raise UserError(
+            f'Source {source} has no documents to train on '
+            f'({cache.empty} empty ones were skipped, {cache.documents["heldout"]} are held out).'
+        )
+    if count >= 2**32:
+        raise UserError(f'Source {source} has {count} sequences, the shuffle reaches 2^32: give it as several sources.')
+
+
+def _source_seed(seed: int, source: str) -> int:
+    """Far apart for neighbouring seeds, for grain adds the epoch to it; and the same whatever else is in the mixture."""
+    return int.from_bytes(hashlib.blake2b(f'{seed} {source}'.encode(), digest_size=4).digest())
