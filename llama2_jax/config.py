@@ -1,0 +1,160 @@
+"""The words everything else is written in: user errors, model sizes, and `--set path.to.field=value`."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar('T')
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: the text is the one sentence they see, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one LLaMA 2 model; letters as in `model/llama.py`.
+
+    Values: paper p6 Table 1 (context, grouped queries) and LLaMA 1 Table 2 (the rest).
+    """
+
+    vocab_size: int = 32_000  # V
+    dim: int = 4096  # D
+    layers: int = 32  # N
+    heads: int = 32  # H
+    kv_heads: int = 32  # G
+    head_dim: int = 128  # K
+    hidden: int = 11_008  # F
+    context: int = 4096  # the longest sequence the model is trained for
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) <= 0:
+                raise UserError(f'model.{field.name} must be positive, not {getattr(self, field.name)}.')
+        if self.heads % self.kv_heads:
+            raise UserError(f'model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}.')
+        if self.head_dim % 2:
+            raise UserError(f'model.head_dim={self.head_dim} must be even: RoPE rotates its two halves.')
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, both embedding matrices counted (recipe A.2)."""
+        attention = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.dim * self.hidden + 2 * self.dim) + 2 * self.vocab_size * self.dim + self.dim
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs to train on one token of a sequence of `length`: matrix products and causal attention.
+
+        Three passes (one forward, two backward) of two FLOPs a multiply-add; recomputation does not count. The
+        embedding table is a lookup, and a query sees (length + 1) / 2 keys on average.
+        """
+        matrices = self.parameters - self.vocab_size * self.dim - (2 * self.layers + 1) * self.dim
+        return 6 * matrices + 6 * self.layers * self.heads * self.head_dim * (length + 1)
+
+
+def hidden_size(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
+    """The feed-forward width by Meta's integer rule.
+
+    >>> hidden_size(4096), hidden_size(5120), hidden_size(8192), hidden_size(8192, 4096, 1.3)
+    (11008, 13824, 22016, 28672)
+    """
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+MODELS: Mapping[str, ModelConfig] = types.MappingProxyType({
+    'tiny': ModelConfig(vocab_size=1024, dim=128, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=352, context=256),
+    'small': ModelConfig(vocab_size=4096, dim=288, layers=6, heads=6, kv_heads=6, head_dim=48, hidden=768, context=256),
+    '7b': ModelConfig(),
+    '13b': ModelConfig(dim=5120, layers=40, heads=40, kv_heads=40, hidden=hidden_size(5120)),
+    '34b': ModelConfig(dim=8192, layers=48, heads=64, kv_heads=8, hidden=hidden_size(8192)),
+    '70b': ModelConfig(dim=8192, layers=80, heads=64, kv_heads=8, hidden=hidden_size(8192, 4096, 1.3)),
+})
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A sentence's tail that helps after an unknown name: the nearest valid one, or all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f'did you mean {close[0]!r}?' if close else f'valid: {", ".join(choices)}.'
+
+
+def override(config: T, assignments: Iterable[str]) -> T:
+    """Applies `path.to.field=value` strings to a tree of frozen dataclasses; values are parsed by field type.
+
+    Raises:
+      UserError: for an unknown path (with the nearest valid name), a section given a value, or a value of another type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition('=')
+        if not equals:
+            raise UserError(f'--set {assignment!r} is not of the form path.to.field=value.')
+        config = _set(config, path.strip().split('.'), text.strip(), path.strip())
+    return config
+
+
+def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    name, rest = path[0], path[1:]
+    if name not in hints:
+        raise UserError(f'--set {whole}: {type(config).__name__} has no field {name!r}; {nearest(name, hints)}')
+    value = getattr(config, name)
+    if dataclasses.is_dataclass(value):
+        if not rest:
+            raise UserError(f'--set {whole} is a section, not a value; its fields: {", ".join(typing.get_type_hints(type(value)))}.')
+        return dataclasses.replace(config, **{name: _set(value, rest, text, whole)})
+    if rest:
+        raise UserError(f'--set {whole}: {name!r} is a value and has no field {rest[0]!r}.')
+    return dataclasses.replace(config, **{name: _parse(text, hints[name], whole)})
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise UserError(f'--set {path}={text}: {nearest(text, typing.get_args(hint))}')
+        return text
+    if typing.get_origin(hint) is tuple:
+        return tuple(_parse(part.strip(), typing.get_args(hint)[0], path) for part in text.split(',') if part.strip())
+    try:
+        if hint is bool:
+            return {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+        if hint is int:
+            number = float(text) if 'e' in text.lower() else int(text.replace('_', ''))
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return hint(text)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f'--set {path}={text}: {text!r} is not of type {hint.__name__}.') from None
+
+
+def to_json(config: Any) -> str:
+    """The config as indented JSON with a final newline."""
+    return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + '\n'
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Rebuilds a flat dataclass from JSON values; `where` names the file in errors.
+
+    Raises:
+      UserError: for unknown or missing fields, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise UserError(f'{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], hints)}')
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - values.keys()):
+        raise UserError(f'{where}: field {missing[0]!r} is missing.')
+    for name, value in values.items():
+        accepted = (int, float) if hints[name] is float else hints[name]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and hints[name] is not bool):
+            raise UserError(f'{where}: field {name!r} is {value!r}, not of type {hints[name].__name__}.')
+    return cls(**values)

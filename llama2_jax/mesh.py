@@ -1,0 +1,118 @@
+"""The mesh, and the two tables that say where an array with a letter suffix lives on it.
+
+Axes, slowest network first:
+  replica   copies of the whole model, across slices; only gradients travel
+  fsdp      the batch, and every parameter and its optimizer state (gathered layer by layer)
+  sequence  the length, for long context
+  tensor    heads, feed-forward and vocabulary
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama2_jax.config import UserError
+
+AXES = ('replica', 'fsdp', 'sequence', 'tensor')
+BATCH_AXES = ('replica', 'fsdp')
+DATA_AXES = ('replica', 'fsdp', 'sequence')  # the axes over which tokens differ, so gradients are summed
+
+# Letter -> mesh axes; the letters are explained in model/llama.py. What is missing raises.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+}  # fmt: skip
+# Parameters at rest: the model dimension is cut over everything that does not cut another letter.
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    'N': (), 'D': ('fsdp', 'sequence'), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+}  # fmt: skip
+# Parameters in use: gathered over fsdp and sequence.
+GATHERED: Mapping[str, tuple[str, ...]] = {**PARAMETERS, 'D': ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one may be -1: whatever the devices leave."""
+
+    replica: int = 1
+    fsdp: int = -1
+    sequence: int = 1
+    tensor: int = 1
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """The four sizes for this many devices.
+
+        Raises:
+          UserError: if they do not multiply to the number of devices.
+        """
+        sizes = [getattr(self, axis) for axis in AXES]
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise UserError(f'mesh {self.text(sizes)}: sizes are positive, and at most one is -1.')
+        known = int(np.prod([size for size in sizes if size != -1]))
+        if -1 in sizes and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+        if int(np.prod(sizes)) != devices:
+            raise UserError(f'mesh {self.text(sizes)} does not fit {devices} devices.')
+        return tuple(sizes)
+
+    @staticmethod
+    def text(sizes: Sequence[int]) -> str:
+        """For people: `replica=1 × fsdp=8 × …`."""
+        return ' × '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with explicit axes over the given devices (default: all there are), laid out for their network."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def spec(letters: str, table: Mapping[str, tuple[str, ...]] = ACTIVATIONS) -> P | None:
+    """The partition of an array with these axes; None where no mesh is set, so that the model also runs without one.
+
+    >>> spec('BLD')  # doctest: +SKIP
+    PartitionSpec(('replica', 'fsdp'), 'sequence', None)
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    axes = [table[letter] for letter in letters]
+    used = [axis for entry in axes for axis in entry]
+    if len(set(used)) != len(used):
+        raise ValueError(f'{letters}: two letters land on one mesh axis ({used}).')
+    return P(*(entry[0] if len(entry) == 1 else entry or None for entry in axes))
+
+
+def parameter_letters(name: str) -> str:
+    """The axes of a parameter, from its name: 'w_q_DHK' -> 'DHK'."""
+    return name.rpartition('_')[2]
+
+
+def parameter_spec(name: str, stacked: bool = False) -> P | None:
+    """Where a parameter rests. Vectors are replicated: a gather of one would cost more than it saves.
+
+    `stacked` parameters carry the layers N in front.
+    """
+    letters = 'N' * stacked + parameter_letters(name)
+    table = PARAMETERS if len(parameter_letters(name)) > 1 else {**PARAMETERS, 'D': ()}
+    return spec(letters, table)
+
+
+def shard_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's rows of a batch [b, L] as a global array [B, L], rows over replica and fsdp.
+
+    The length is cut by the step, after it has split inputs from targets.
+    """
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH_AXES)), array)
+
+
+def gather(weight: jax.Array, letters: str) -> jax.Array:
+    """A parameter made ready for use: gathered over the axes that cut D.
+
+    `reduced` says that its gradient arrives as one partial sum a device, so that it is scattered back in one reduction.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+    return jax.sharding.reshard(weight, P(*spec(letters, GATHERED), reduced=set(DATA_AXES)))

@@ -1,0 +1,181 @@
+"""The LLaMA 2 transformer (paper p5; recipe A).
+
+One suffix is the name, the einsum, the sharding, the decay rule and the shape test of an array:
+
+  B batch   L length   M key length   D model   H query heads   G key/value heads   K head size   F feed-forward   V vocabulary   N layers
+
+Parameters rest in float32, cut over the mesh (`mesh.PARAMETERS`); a layer casts its own to the compute dtype and gathers them when
+its turn comes. Norms, softmax, rotations and losses are float32.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from llama2_jax.config import ModelConfig
+from llama2_jax.mesh import gather, parameter_spec, spec
+from llama2_jax.ops.attention import ATTENTION_OUTPUT, Implementation, attention
+from llama2_jax.ops.embedding import embed
+from llama2_jax.ops.loss import cross_entropy
+from llama2_jax.ops.rope import rope_table, rotate
+
+Remat = Literal['none', 'full', 'attention', 'offload']
+RESIDUAL = 'residual'  # the residual stream between layers, by the name a remat policy offloads it
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the forward pass is computed; none of it changes what is computed.
+
+    Attributes:
+      dtype: of activations and of parameters in use.
+      remat: what the backward pass recomputes. none: nothing; full: each layer from its input; attention: that, but the
+        attention output is kept; offload: as full, and the layers' inputs wait in host memory.
+      attention: the kernel.
+    """
+
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    remat: Remat = 'none'
+    attention: Implementation = 'reference'
+
+
+def normal(key: jax.Array, name: str, shape: tuple[int, ...], fan_in: int, depth: int = 0) -> nnx.Param:
+    """Truncated normals (at 3 sigma) of sigma fan_in^-1/2, over sqrt(2 depth) for what writes to the residual stream.
+
+    Neither LLaMA paper states its initialisation; this is Meta lingua's (recipe K, choice c).
+    """
+    sigma = fan_in**-0.5 / (2 * depth) ** 0.5 if depth else fan_in**-0.5
+    return nnx.Param(sigma * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32, out_sharding=parameter_spec(name)))
+
+
+def ones(size: int) -> nnx.Param:
+    """A norm's scale: vectors are replicated."""
+    return nnx.Param(jnp.ones(size, jnp.float32))
+
+
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) in float32, cast back to the dtype of x, then scaled (recipe A.3)."""
+    x = x_BLD.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: attention, then SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, H, G, K, F = config.dim, config.heads, config.kv_heads, config.head_dim, config.hidden
+        q, k, v, o, gate, up, down = jax.random.split(key, 7)
+        self.eps = config.norm_eps
+        self.attention_norm_D = ones(D)
+        self.w_q_DHK = normal(q, 'w_q_DHK', (D, H, K), D)
+        self.w_k_DGK = normal(k, 'w_k_DGK', (D, G, K), D)
+        self.w_v_DGK = normal(v, 'w_v_DGK', (D, G, K), D)
+        self.w_o_HKD = normal(o, 'w_o_HKD', (H, K, D), H * K, config.layers)
+        self.ffn_norm_D = ones(D)
+        self.w_gate_DF = normal(gate, 'w_gate_DF', (D, F), D)
+        self.w_up_DF = normal(up, 'w_up_DF', (D, F), D)
+        self.w_down_FD = normal(down, 'w_down_FD', (F, D), F, config.layers)
+
+    def __call__(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
+        """[B, L, D] -> [B, L, D]."""
+        x_BLD = x_BLD + self.attend(rms_norm(x_BLD, self.attention_norm_D[...], self.eps), rope, segments_BL, compute)
+        return x_BLD + self.feed_forward(rms_norm(x_BLD, self.ffn_norm_D[...], self.eps))
+
+    def qkv(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, L, H, K], rotated keys and values [B, L, G, K]."""
+        q_BLHK = einsum('BLD,DHK->BLHK', x_BLD, self.w_q_DHK)
+        k_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_k_DGK)
+        v_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_v_DGK)
+        return rotate(q_BLHK, *rope), rotate(k_BLGK, *rope), v_BLGK
+
+    def attend(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
+        """Causal attention over the sequence itself."""
+        out_BLHK = attention(*self.qkv(x_BLD, rope), segments_BL, implementation=compute.attention)
+        return einsum('BLHK,HKD->BLD', out_BLHK, self.w_o_HKD)
+
+    def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
+        """SwiGLU: down(silu(gate x) * up x)."""
+        gate_BLF = einsum('BLD,DF->BLF', x_BLD, self.w_gate_DF)
+        up_BLF = einsum('BLD,DF->BLF', x_BLD, self.w_up_DF)
+        return einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_FD)
+
+
+def einsum(expression: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """Activations times a parameter at rest, in the dtype of the activations; the expression's letters place both."""
+    letters, out = expression.partition(',')[2].split('->')
+    return jnp.einsum(expression, x, gather(weight[...].astype(x.dtype), letters), out_sharding=spec(out))
+
+
+class Llama(nnx.Module):
+    """Embedding, N equal layers held as one stacked `Block`, final norm, and an output embedding of its own (recipe A.3)."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        V, D = config.vocab_size, config.dim
+        table, head, blocks = jax.random.split(key, 3)
+        self.config = config
+        self.table_VD = normal(table, 'table_VD', (V, D), D)
+        self.blocks = jax.vmap(partial(Block, config))(jax.random.split(blocks, config.layers))
+        self.norm_D = ones(D)
+        self.head_DV = normal(head, 'head_DV', (D, V), D)
+
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = Compute()) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens_BL: int32 ids.
+          segments_BL: int32 document numbers; positions then restart in each and attention stays inside. None: one document.
+          compute: how.
+
+        Returns:
+          [B, L, D] in the compute dtype; `logits` and `loss` take it from there.
+        """
+        rope = rope_table(positions(tokens_BL, segments_BL), self.config.head_dim, self.config.rope_theta)
+
+        def layer(x_BLD, block):
+            return checkpoint_name(block(x_BLD, rope, segments_BL, compute), RESIDUAL), None
+
+        x_BLD = embed(self.table_VD[...], tokens_BL, compute.dtype)
+        x_BLD, _ = jax.lax.scan(rematerialised(layer, compute.remat), x_BLD, self.blocks)
+        return rms_norm(x_BLD, self.norm_D[...], self.config.norm_eps)
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Scores of every next token, [B, L, V] float32: for looking and for sampling; training uses `loss`."""
+        return einsum('BLD,DV->BLV', x_BLD, self.head_DV).astype(jnp.float32)
+
+    def loss(self, x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
+        """Weighted sum of the next-token losses, nats (see `ops.loss`)."""
+        return cross_entropy(x_BLD, self.head_DV[...], targets_BL, weights_BL)
+
+
+def positions(tokens_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+    """Position of each token: [L], or [B, L] counted from the start of its segment.
+
+    >>> positions(jnp.zeros((1, 5)), jnp.array([[1, 1, 2, 2, 2]])).tolist()
+    [[0, 1, 0, 1, 2]]
+    """
+    index_L = jnp.arange(tokens_BL.shape[1])
+    if segments_BL is None:
+        return index_L
+    starts_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index_L - jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
+
+
+def rematerialised(layer, remat: Remat):
+    """The layer under `jax.checkpoint` with the policy of that name."""
+    policies = jax.checkpoint_policies
+    if remat == 'none':
+        return layer
+    policy = {
+        'full': policies.nothing_saveable,
+        'attention': policies.save_only_these_names(ATTENTION_OUTPUT),
+        'offload': policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL], offload_src='device', offload_dst='pinned_host'
+        ),
+    }[remat]
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

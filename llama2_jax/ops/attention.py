@@ -1,0 +1,124 @@
+"""Causal grouped-query attention: one function, three kernels, chosen by platform.
+
+  reference   plain einsums; any platform, and what the others are tested against
+  splash      JAX's Pallas kernel for TPU, which skips the masked blocks
+  cudnn       cuDNN's fused kernel, on GPU
+
+Query head h reads key head h // (H / G), as `repeat_interleave` does in Meta's code; scores are divided by sqrt(K) (recipe A.3).
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama2_jax.mesh import spec
+
+Implementation = Literal['reference', 'splash', 'cudnn']
+ATTENTION_OUTPUT = 'attention_output'  # the name under which a remat policy saves it
+
+
+def implementation_for(platform: str) -> Implementation:
+    """The kernel for a platform: 'cpu', 'gpu' (or 'cuda') or 'tpu'."""
+    return {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'reference')
+
+
+def attention(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    segments_BL: jax.Array | None = None,
+    *,
+    implementation: Implementation = 'reference',
+    interpret: bool = False,
+) -> jax.Array:
+    """Each position attends to itself and to what came before; with `segments_BL` only within its own segment.
+
+    Args:
+      q_BLHK: queries, rotated.
+      k_BLGK: keys, rotated; G divides H.
+      v_BLGK: values.
+      segments_BL: int32; positions of equal number see each other. None: everything before.
+      implementation: the kernel; splash wants a length (of a sequence shard) that is a multiple of 128.
+      interpret: runs splash's body step by step, for tests on a CPU.
+
+    Returns:
+      [B, L, H, K] in the dtype of the queries.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kernel = {'reference': _reference, 'cudnn': _cudnn, 'splash': partial(_splash, interpret=interpret)}[implementation]
+    if mesh.empty:
+        out = kernel(q_BLHK, k_BLGK, v_BLGK, segments_BL, segments_BL)
+    else:
+        # A shard holds some queries and, of its heads, every key: over a sequence axis keys and values are gathered.
+        k_BMGK, v_BMGK = (jax.sharding.reshard(x, spec('BMGK')) for x in (k_BLGK, v_BLGK))
+        segments_BM = None if segments_BL is None else jax.sharding.reshard(segments_BL, spec('BM'))
+        in_specs = (spec('BLHK'), spec('BMGK'), spec('BMGK'), *((None, None) if segments_BL is None else (spec('BL'), spec('BM'))))
+        sharded = jax.shard_map(
+            partial(kernel, shards=mesh.shape['sequence']), in_specs=in_specs, out_specs=spec('BLHK'), check_vma=False
+        )
+        out = sharded(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM)
+    return checkpoint_name(out, ATTENTION_OUTPUT)
+
+
+def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM: jax.Array | None, shards: int) -> jax.Array:
+    """What each query of this shard may see: bool [1 or B, L, M]."""
+    first = jax.lax.axis_index('sequence') * length if shards > 1 else 0
+    visible = (first + jnp.arange(length)[:, None] >= jnp.arange(keys)[None, :])[None]
+    return visible if segments_BL is None else visible & (segments_BL[:, :, None] == segments_BM[:, None, :])
+
+
+def _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
+    B, L, H, K = q_BLHK.shape
+    M, G = k_BMGK.shape[1:3]
+    q_BLGRK = (q_BLHK * K**-0.5).reshape(B, L, G, H // G, K)
+    scores = jnp.einsum('BLGRK,BMGK->BGRLM', q_BLGRK, k_BMGK, preferred_element_type=jnp.float32)
+    visible = _visible(L, M, segments_BL, segments_BM, shards)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v_BMGK.dtype)
+    return jnp.einsum('BGRLM,BMGK->BLGRK', weights, v_BMGK).reshape(B, L, H, K)
+
+
+def _cudnn(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
+    simple = segments_BL is None and shards == 1  # cuDNN then skips what the causal mask hides
+    mask = None if simple else _visible(q_BLHK.shape[1], k_BMGK.shape[1], segments_BL, segments_BM, shards)[:, None]
+    return jax.nn.dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask=mask, is_causal=simple, implementation='cudnn')
+
+
+def _splash(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1, interpret=False):
+    _, L, H, K = q_BLHK.shape
+    M = k_BMGK.shape[1]
+    if L % 128:
+        raise ValueError(f'splash attention wants a length that is a multiple of 128, not {L}.')
+
+    def run(shard: int) -> jax.Array:
+        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((L, M), offset=shard * L)] * H)
+        kernel = splash.make_splash_mha_single_device(
+            mask, block_sizes=_block_sizes(L, M), residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
+        )
+        ids = None if segments_BL is None else splash.SegmentIds(segments_BL, segments_BM)
+        heads_first = (x.swapaxes(1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
+        return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
+
+    if shards == 1:
+        return run(0)
+    return jax.lax.switch(jax.lax.axis_index('sequence'), [partial(run, shard) for shard in range(shards)])
+
+
+def _block_sizes(length: int, keys: int) -> splash.BlockSizes:
+    """The largest blocks that divide the lengths, up to what fits a core's vector memory."""
+
+    def largest(size: int, limit: int) -> int:
+        return next(block for block in range(min(size, limit), 0, -128) if size % block == 0)
+
+    q, kv = largest(length, 1024), largest(keys, 1024)
+    compute = largest(kv, 512)
+    return splash.BlockSizes(
+        block_q=q, block_kv=kv, block_kv_compute=compute,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Token embedding: a gather forward, a scatter-add backward that sums in float32."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llama2_jax.mesh import parameter_spec, spec
+
+
+def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the table at rest, [B, L, D] in `dtype`."""
+    return _embed(table_VD, tokens_BL, dtype, table_VD.shape[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table_VD, tokens_BL, dtype, vocabulary):
+    local = partial(_lookup, dtype=dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(table_VD, tokens_BL, axes=None)
+    table_spec = parameter_spec('table_VD')
+    local = partial(local, axes=table_spec[1])
+    return jax.shard_map(local, in_specs=(table_spec, spec('BL')), out_specs=spec('BLD'), check_vma=False)(table_VD, tokens_BL)
+
+
+def _forward(table_VD, tokens_BL, dtype, vocabulary):
+    return _embed(table_VD, tokens_BL, dtype, vocabulary), tokens_BL
+
+
+def _backward(dtype, vocabulary, tokens_BL, dx_BLD):
+    if jax.sharding.get_abstract_mesh().empty:
+        return _scatter(tokens_BL, dx_BLD, rows=vocabulary, axes=None), None
+    table_spec = parameter_spec('table_VD')
+    rows = vocabulary // jax.sharding.get_abstract_mesh().shape['tensor']
+    local = partial(_scatter, rows=rows, axes=table_spec[1])
+    return jax.shard_map(local, in_specs=(spec('BL'), spec('BLD')), out_specs=table_spec, check_vma=False)(tokens_BL, dx_BLD), None
+
+
+_embed.defvjp(_forward, _backward)
+
+
+def _local_rows(tokens_BL, rows, axes):
+    """Row numbers in this shard of the vocabulary; rows of other shards become `rows`, one past the end."""
+    local = tokens_BL - (jax.lax.axis_index('tensor') * rows if axes is not None else 0)
+    return jnp.where((local >= 0) & (local < rows), local, rows)
+
+
+def _lookup(table_VD, tokens_BL, *, dtype, axes):
+    table_VD = table_VD.astype(dtype)
+    if axes is not None:
+        table_VD = jax.lax.all_gather(table_VD, axes, axis=1, tiled=True)
+    x_BLD = table_VD.at[_local_rows(tokens_BL, table_VD.shape[0], axes)].get(mode='fill', fill_value=0)
+    return x_BLD if axes is None else jax.lax.psum(x_BLD, 'tensor')
+
+
+def _scatter(tokens_BL, dx_BLD, *, rows, axes):
+    ids_BL = _local_rows(tokens_BL, rows, axes)
+    gradient_VD = jnp.zeros((rows, dx_BLD.shape[-1]), jnp.float32).at[ids_BL].add(dx_BLD.astype(jnp.float32), mode='drop')
+    if axes is None:
+        return gradient_VD
+    return jax.lax.psum_scatter(jax.lax.psum(gradient_VD, 'replica'), axes, scatter_dimension=1, tiled=True)

@@ -1,0 +1,24 @@
+"""Rotary position embedding, the halves rotated (Su et al.; paper p5).
+
+Dimension j of a head pairs with j + K/2, as Hugging Face stores it; Meta's files pair 2j with 2j + 1 and are permuted by `convert`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def rope_table(positions: jax.Array, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotation angles: positions [..., L] -> two arrays [..., L, K/2] float32."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates queries or keys by their positions, in float32; the result has the dtype of `x_BLHK`.
+
+    `cos`, `sin`: [L, K/2] or [B, L, K/2] from `rope_table`.
+    """
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (table.reshape((*(1,) * (3 - table.ndim), *table.shape))[..., None, :] for table in (cos, sin))
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHK.dtype)

@@ -1,0 +1,72 @@
+"""AdamW as the paper trains with it (p5; recipe C.2), every number a field."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama2_jax.config import UserError
+from llama2_jax.mesh import parameter_letters
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up and cosine.
+
+    Attributes:
+      peak_lr: 3.0e-4 for 7B and 13B, 1.5e-4 for 34B and 70B (p6 Table 1).
+      final_lr: what the cosine ends at, as a share of the peak.
+      warmup_steps: linear from 0.
+      clip: the global norm above which gradients are scaled down.
+    """
+
+    peak_lr: float = 3e-4
+    final_lr: float = 0.1
+    warmup_steps: int = 2000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up to the peak, then a cosine that reaches its end at the last of `steps`.
+
+    Raises:
+      UserError: if warm-up takes the whole run.
+    """
+    if not 0 <= config.warmup_steps < steps:
+        raise UserError(f'optimizer.warmup_steps={config.warmup_steps} must be less than the {steps} steps of the run.')
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.peak_lr, config.warmup_steps, decay_steps=steps, end_value=config.final_lr * config.peak_lr
+    )
+
+
+def decays(parameters: Any) -> Any:
+    """Which parameters weight decay shrinks: those of two letters or more, so no norm scale, stacked or not."""
+
+    def of(path, _):
+        return len(parameter_letters(parameter_name(path))) > 1
+
+    return jax.tree_util.tree_map_with_path(of, parameters)
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """The attribute that holds a parameter, from its path in the tree: 'w_q_DHK'."""
+    return next(key.name for key in reversed(path) if getattr(key, 'name', 'value') != 'value')
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; its moments are float32 and rest where their parameters do."""
+    adamw = optax.adamw(
+        schedule(config, steps), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decays
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the scalar condition holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
