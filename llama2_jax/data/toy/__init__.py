@@ -1,0 +1,37 @@
+"""The toy world's documents, generated on the fly: `documents(genre, seed)`. Nothing is shipped, nothing is downloaded."""
+
+import random
+from collections.abc import Iterator
+
+from llama2_jax.data.toy import lessons, people, stories, web
+from llama2_jax.data.toy.world import make_world
+
+_WRITERS = {
+    'biographies': people.biographies,
+    'guides': people.guides,
+    'diaries': people.diaries,
+    'letters': people.letters,
+    'dialogues': people.dialogues,
+    'stories': stories.stories,
+    'numbers': lessons.numbers,
+    'lessons': lessons.lessons,
+    'web': web.web,
+}
+
+GENRES: tuple[str, ...] = tuple(_WRITERS)
+
+
+def documents(genre: str, seed: int = 0) -> Iterator[str]:
+    """All documents of a genre about the world of `seed`: finite, and the same at every call.
+
+    The seed draws both the facts and the wording, so documents of one seed agree with `make_world(seed)` and with each other.
+
+    Args:
+      genre: one of `GENRES`. All are plain ASCII but for the noise in 'web'.
+      seed: names the world.
+
+    Raises:
+      KeyError: for another genre.
+    """
+    writer = _WRITERS[genre]
+    return writer(make_world(seed), random.Random(f'{genre} {seed}'))
