@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama2_jax.config import ModelConfig
 from llama2_jax.mesh import gather, parameter_spec, spec
-from llama2_jax.ops.attention import ATTENTION_OUTPUT, Implementation, attention
+from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
 from llama2_jax.ops.loss import cross_entropy
 from llama2_jax.ops.rope import rope_table, rotate
@@ -33,15 +33,24 @@ class Compute:
     """How the forward pass is computed; none of it changes what is computed.
 
     Attributes:
-      dtype: of activations and of parameters in use.
+      dtype: of activations and of parameters in use; auto: float32 on CPU, bfloat16 elsewhere.
       remat: what the backward pass recomputes. none: nothing; full: each layer from its input; attention: that, but the
         attention output is kept; offload: as full, and the layers' inputs wait in host memory.
-      attention: the kernel.
+      attention: the kernel; auto: the platform's.
     """
 
-    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
     remat: Remat = 'none'
-    attention: Implementation = 'reference'
+    attention: Literal['auto', 'reference', 'splash', 'cudnn'] = 'auto'
+
+    def on(self, platform: str) -> 'Compute':
+        """With nothing left to choose, for 'cpu', 'gpu' or 'tpu'."""
+        dtype = ('float32' if platform == 'cpu' else 'bfloat16') if self.dtype == 'auto' else self.dtype
+        kernel = implementation_for(platform) if self.attention == 'auto' else self.attention
+        return Compute(dtype, self.remat, kernel)
+
+
+CPU = Compute().on('cpu')
 
 
 def normal(key: jax.Array, name: str, shape: tuple[int, ...], fan_in: int, depth: int = 0) -> nnx.Param:
@@ -124,7 +133,7 @@ class Llama(nnx.Module):
         self.norm_D = ones(D)
         self.head_DV = normal(head, 'head_DV', (D, V), D)
 
-    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = Compute()) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = CPU) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
