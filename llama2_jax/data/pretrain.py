@@ -9,6 +9,7 @@ is the step. (Under an epoch limit that binds, the shares depend on the length o
 import dataclasses
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -160,8 +161,9 @@ class PretrainData:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also in a notebook or a plain script
                 flags.FLAGS.mark_as_parsed()
+            dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=2**62))
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
-        return iter(dataset)
+        return _Closing(iter(dataset))
 
     def heldout(self, source: int) -> Iterator[Batch]:
         """The held-out sequences of a source once, as batches like those of `train`; the same number on every process.
@@ -194,6 +196,21 @@ class PretrainData:
     def _collate(self, rows: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> Batch:
         tokens, segment_ids = packing.pack([ids for ids, _ in rows], self._length, self._bos)
         return {'tokens': tokens, 'segment_ids': segment_ids, 'record_ids': np.array([record for _, record in rows], np.int64)}
+
+
+class _Closing(Iterator[Batch]):
+    """Closes a grain iterator, with its threads and processes, when it is dropped or the program ends: grain does so too late."""
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._held = [iterator]
+        weakref.finalize(self, _close, self._held)
+
+    def __next__(self) -> Batch:
+        return next(self._held[0])
+
+
+def _close(held: list[grain.DatasetIterator]) -> None:
+    held.pop().close()
 
 
 _PADDING = (np.empty(0, np.uint16), (-1, -1))

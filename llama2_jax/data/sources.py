@@ -150,9 +150,10 @@ def _split_toy(kind: str, name: str) -> list[Part]:
 
 
 def _split_tfds(kind: str, name: str) -> list[Part]:
-    total = len(_tfds_examples(name))
+    examples = _tfds_examples(name)
+    total = len(examples)
     size = max(EXAMPLES, -(-total // PARTS))
-    stamp = str(total)
+    stamp = f'{examples.dataset_info.full_name} {total}'
     return [Part(kind, (name,), stamp, 0, start, min(start + size, total)) for start in range(0, total, size)]
 
 
