@@ -74,13 +74,13 @@ class Tokenizer:
         Raises:
           UserError: for a lone surrogate, which no UTF-8 file can hold (JSON's backslash-u escapes can).
         """
-        return self.encode_batch([text], bos, eos)[0]
+        _check_encodable(text)
+        return self._processor.encode(text, add_bos=bos, add_eos=eos)
 
     def encode_batch(self, texts: Sequence[str], bos: bool, eos: bool) -> list[list[int]]:
         """The ids of each text, in one call on the calling thread (data workers are processes of their own)."""
         for text in texts:
-            if not text.isascii():
-                _check_encodable(text)
+            _check_encodable(text)
         return self._processor.encode(list(texts), add_bos=bos, add_eos=eos, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -106,6 +106,8 @@ class Tokenizer:
 
 
 def _check_encodable(text: str) -> None:
+    if text.isascii():  # fast
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -194,7 +196,6 @@ class _Lines:
 def _train(texts: Iterable[str], vocab_size: int, max_sentences: int) -> bytes:
     lines = _Lines(sentences(texts))
     written = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)  # for the sample of `max_sentences`
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,

@@ -135,8 +135,9 @@ def test_same_texts_same_file(trained, texts, tmp_path):
     assert again.path == str(tmp_path / 'tokenizer.model')
     assert Path(again.path).read_bytes() == Path(trained.path).read_bytes()
     assert again.fingerprint == trained.fingerprint
-    sampled = [train_tokenizer(texts, tmp_path / name, 330, max_sentences=300).fingerprint for name in ('a.model', 'b.model')]
-    assert sampled[0] == sampled[1]
+    varied = [''.join(random.Random(i).choices('abcdefg ', k=60)) for i in range(1000)]
+    sampled = [train_tokenizer(varied, tmp_path / name, 330, max_sentences=150).fingerprint for name in ('a.model', 'b.model')]
+    assert sampled[0] == sampled[1] != train_tokenizer(varied, tmp_path / 'a.model', 330).fingerprint
     assert [p.name for p in sorted(tmp_path.iterdir())] == ['a.model', 'b.model', 'tokenizer.model']
 
 
