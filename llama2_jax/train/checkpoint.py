@@ -263,10 +263,10 @@ def _damage_is_said(sentence: str) -> Iterator[None]:
     except (UserError, jax.errors.JaxRuntimeError, MemoryError):
         raise
     except Exception as error:
+        gc.collect()
         reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}'
         raise _DamageError(f'{sentence} ({reason}).' if sentence else reason) from None
     finally:
-        gc.collect()
         sys.unraisablehook = hook
 
 

@@ -110,6 +110,8 @@ def fit(
                 report.write(line | figures)
                 return figures
 
+            if progress.step:
+                report.say(f'Continuing from the checkpoint of step {progress.step}.')
             waiting = None
             for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
                 state, metrics = step(state, batch)

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
-
 import toy
-from llama2_jax.config import UserError
-from llama2_jax.train.checkpoint import Checkpoints, checksums, load_params, names, on_mesh, save_params, to_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-STATE = {'w': jnp.arange(6, dtype=jnp.float32).reshape(2, 3), 'n': jnp.int32(7)}
+from llama2_jax.config import UserError
+from llama2_jax.train.checkpoint import Checkpoints, checksums, load_params, names, save_params, to_dict
+from llama2_jax.train.workdir import no_space_is_said
+
+NOISE = np.random.default_rng(0).normal(size=500_000).astype(np.float32)  # 2 MB that cannot be compressed
+STATE = {'w': jnp.asarray(NOISE[:1000].reshape(20, 50)), 'n': jnp.int32(7)}
 
 
 def equal(a, b):
@@ -43,25 +45,30 @@ def test_names_know_nothing_of_the_classes():
 
 
 def test_params_come_back_on_any_mesh(tmp_path):
+    plain = toy.Linear(jax.random.key(3))
+    save_params(tmp_path / 'plain', plain)
     params = toy.Linear(jax.random.key(3))
     params.b_F[...] = params.b_F[...].astype(jnp.bfloat16) + 1.5
     save_params(tmp_path / 'params', params)
     equal(load_params(tmp_path / 'params', jax.eval_shape(lambda: params)), params)
     save_params(tmp_path / 'params', jax.tree.map(lambda x: 2 * x, params))  # in place of the others
     equal(load_params(tmp_path / 'params', params), jax.tree.map(lambda x: 2 * x, params))
-    with jax.set_mesh(jax.make_mesh((1,), ('data',), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])) as mesh:
+    mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
         abstract = jax.eval_shape(lambda: toy.Linear(jax.random.key(0)))
-        assert on_mesh(abstract).w_DF[...].sharding == jax.NamedSharding(mesh, PartitionSpec('data', None))
-        save_params(tmp_path / 'params', toy.Linear(jax.random.key(3)))
-        loaded = load_params(tmp_path / 'params', abstract)
-        assert loaded.w_DF[...].sharding == jax.NamedSharding(mesh, PartitionSpec('data', None))
+        loaded = load_params(tmp_path / 'plain', abstract)
+        assert loaded.w_DF[...].sharding == NamedSharding(mesh, PartitionSpec('data', None))
+    equal(loaded, plain)
 
 
 @pytest.mark.parametrize(
     ('wanted', 'sentence'),
     [
-        ({'w': jnp.zeros((2, 4)), 'n': STATE['n']}, r"'w' is float32\[2, 3\], and float32\[2, 4\] is wanted\."),
-        ({'w': STATE['w'].astype(jnp.bfloat16), 'n': STATE['n']}, r"'w' is float32\[2, 3\], and bfloat16\[2, 3\] is wanted\."),
+        ({'w': jnp.zeros((20, 51)), 'n': STATE['n']}, r"'w' is float32\[20, 50\], and float32\[20, 51\] is wanted\."),
+        (
+            {'w': STATE['w'].astype(jnp.bfloat16), 'n': STATE['n']},
+            r"'w' is float32\[20, 50\], and bfloat16\[20, 50\] is wanted\.",
+        ),
         ({'w_x': STATE['w'], 'n': STATE['n']}, "holds no 'w_x'; did you mean 'w'?"),
         ({'n': STATE['n']}, "holds 'w', which is not wanted; valid: n."),
     ],
@@ -97,7 +104,6 @@ def test_restores_the_newest(tmp_path):
 
 def damages(data):
     yield 'half', data[: len(data) // 2]
-    yield 'empty', b''
     yield 'flipped', data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
     yield 'gone', None
 
@@ -119,11 +125,10 @@ def test_no_damage_to_any_file_passes_silently(tmp_path, capfd):
                     (line,) = [line for line in capfd.readouterr().err.splitlines() if 'Checkpoint' in line]
                     assert line.startswith('Checkpoint 2 is damaged (') and line.endswith('continuing from step 1.')
                     assert checkpoints.steps == [1] and (tmp_path / 'c' / 'damaged-2').is_dir()
-                    checkpoints.save(2, plus(2), {'tokens': 20})
                 else:
                     assert progress['tokens'] == 20
             shutil.rmtree(tmp_path / 'c')
-    kinds = {'half', 'empty', 'flipped', 'gone'}
+    kinds = {'half', 'flipped', 'gone'}
     assert {kind for name, kind in fell_back if name == 'metadata'} == kinds
     assert {kind for name, kind in fell_back if name == 'ocdbt.process_0'} == kinds
     assert {kind for name, kind in fell_back if name == 'manifest.ocdbt'} == kinds
@@ -137,6 +142,15 @@ def test_nothing_is_touched_when_all_are_damaged(tmp_path):
         with pytest.raises(UserError, match=r'No checkpoint in .*c can be read; step 2: FileNotFoundError'):
             checkpoints.restore(STATE)
         assert checkpoints.steps == [1, 2]
+
+
+def test_a_damaged_step_can_be_saved_again(tmp_path):
+    for _ in range(2):
+        saved(tmp_path / 'c', steps=(1, 2) if not (tmp_path / 'c').exists() else (2,))
+        shutil.rmtree(tmp_path / 'c' / '2' / 'state')
+        with Checkpoints(tmp_path / 'c') as checkpoints:
+            assert checkpoints.restore(STATE)[1] == {'tokens': 10}
+    assert sorted(path.name for path in (tmp_path / 'c').iterdir()) == ['1', 'damaged-2', 'damaged-2-2']
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
@@ -182,14 +196,12 @@ def small_disk(tmp_path):
 
 
 def test_no_space_left(small_disk):
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=(500_000,)).astype(np.float32))  # 2 MB that cannot be compressed
-    from llama2_jax.train.workdir import no_space_is_said
-
-    with pytest.raises(UserError, match=f'^No space left while writing to {small_disk}: '), no_space_is_said(small_disk):
-        with Checkpoints(small_disk / 'c') as checkpoints:
-            checkpoints.save(1, {'w': noise}, {})
-            checkpoints.wait()
-            checkpoints.save(2, {'w': noise + 1}, {})
+    noise = jnp.asarray(NOISE)
+    sentence = f'^No space left while writing to {small_disk}: '
+    with pytest.raises(UserError, match=sentence), no_space_is_said(small_disk), Checkpoints(small_disk / 'c') as checkpoints:
+        checkpoints.save(1, {'w': noise}, {})
+        checkpoints.wait()
+        checkpoints.save(2, {'w': noise + 1}, {})
     with Checkpoints(small_disk / 'c') as checkpoints:
         equal(checkpoints.restore({'w': noise})[0], {'w': noise})
         assert checkpoints.steps == [1]
@@ -199,10 +211,9 @@ def test_no_space_left(small_disk):
 
 def test_a_file_size_limit_is_no_space_left(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=(500_000,)).astype(np.float32))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
         with pytest.raises(UserError, match=f'^No space left while writing to {tmp_path}/p: '):
-            save_params(tmp_path / 'p', {'w': noise})
+            save_params(tmp_path / 'p', {'w': jnp.asarray(NOISE)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -5,7 +5,11 @@ Nothing of it can be exact by luck: Adam has moments, and every batch differs.
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +50,10 @@ def make_state(width=D):
 
 def loss_fn(params, batch):
     x, y = batch
-    return jnp.mean((jnp.dot(x, params.w_DF[...], out_sharding=P()) + params.b_F[...] - y) ** 2)
+    w_DF = params.w_DF[...]
+    if jax.sharding.get_abstract_mesh().shape:
+        w_DF = jax.sharding.reshard(w_DF, P())  # the rows are cut over the devices as well
+    return jnp.mean((x @ w_DF + params.b_F[...] - y) ** 2)
 
 
 def step_fn(state, batch):
@@ -73,11 +80,11 @@ def batches(start, bad=()):
 
 def on_devices(mesh, data):
     for (x, y), records in data:
-        arrays = [jax.make_array_from_callback(a.shape, NamedSharding(mesh, P()), lambda i, a=a: a[i]) for a in (x, y)]
+        arrays = [jax.make_array_from_callback(a.shape, NamedSharding(mesh, P('data')), lambda i, a=a: a[i]) for a in (x, y)]
         yield tuple(arrays), records
 
 
-def run(workdir, steps=40, bad=(), slow=None, width=D, callback=None, stop=None, **loop):
+def run(workdir, steps=40, bad=(), slow=0.0, width=D, callback=None, stop=None, **loop):
     """Trains and returns the state. `slow` seconds are slept a step; `callback(k)` is called as batch k is taken."""
     mesh = jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -91,6 +98,7 @@ def run(workdir, steps=40, bad=(), slow=None, width=D, callback=None, stop=None,
                     return
                 if callback:
                     callback(k)
+                time.sleep(slow)
                 yield batch
 
         return fit(
@@ -118,21 +126,47 @@ def trace(workdir):
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
+def launch(workdir, options, process=None, devices=1, **popen):
+    """Starts `main` in a process of its own; `process` is (index, count, coordinator's address)."""
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    arguments = [sys.executable, '-W', 'error', __file__, str(workdir), json.dumps(options), *map(str, process or ())]
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, **popen)
+
+
+def kill_in_a_save(workdir):
+    """Waits for a save to begin, as seen by its unfinished directory, and kills this process."""
+    while not list(Path(workdir, 'checkpoints').glob('*tmp*')):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(number, what):
+    """A callback that does `what` as batch `number` is taken."""
+    return lambda k: what() if k == number else None
+
+
 def main():
     """Runs with the keyword arguments in argv[2] as JSON; as process argv[3] of argv[4] at argv[5], if given."""
     workdir, options = sys.argv[1], json.loads(sys.argv[2])
     if len(sys.argv) > 3:
         jax.distributed.initialize(sys.argv[5], int(sys.argv[4]), int(sys.argv[3]))
-    if signal_at := options.pop('sigterm_at', None):
-        options['callback'] = lambda k: os.kill(os.getpid(), 15) if k == signal_at else None
+    kill = options.pop('kill', {})
+    if 'sigterm' in kill:
+        options['callback'] = at(kill['sigterm'], lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if 'timer' in kill:
+        timer = threading.Timer(kill['seconds'], os.kill, (os.getpid(), signal.SIGKILL))
+        options['callback'] = at(kill['timer'], timer.start)
+    if 'save' in kill:
+        thread = threading.Thread(target=kill_in_a_save, args=(workdir,), daemon=True)
+        options['callback'] = at(kill['save'], thread.start)
     try:
         state = run(workdir, **options)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
-    if jax.process_index() == 0 and jax.process_count() == 1:
-        leaves = jax.tree.leaves(state)
-        np.savez(Path(workdir) / 'final.npz', *[np.asarray(leaf) for leaf in leaves])
+    if jax.process_count() == 1:
+        np.savez(Path(workdir) / 'final.npz', *[np.asarray(leaf) for leaf in jax.tree.leaves(state)])
 
 
 if __name__ == '__main__':

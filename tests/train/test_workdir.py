@@ -1,0 +1,88 @@
+import dataclasses
+import errno
+import json
+
+import pytest
+
+from llama2_jax.config import UserError
+from llama2_jax.train.workdir import no_space_is_said, open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    mixture: str = 'toy:documents'
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int = 10
+    rates: tuple[float, ...] = (0.1, 0.2)
+    data: Data = Data()
+
+
+def test_same_config_continues(tmp_path):
+    workdir = open_workdir(tmp_path / 'run', Config())
+    assert workdir == tmp_path / 'run'
+    assert json.loads((workdir / 'config.json').read_text()) == {
+        'steps': 10, 'rates': [0.1, 0.2], 'data': {'mixture': 'toy:documents', 'workers': 0},
+    }  # fmt: skip
+    before = (workdir / 'config.json').read_text()
+    open_workdir(tmp_path / 'run', Config())
+    assert (workdir / 'config.json').read_text() == before
+    assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize(
+    ('config', 'field', 'theirs', 'ours'),
+    [
+        (Config(steps=20, data=Data('toy:verse')), 'steps', '10', '20'),
+        (Config(rates=(0.1,)), 'rates', '[0.1, 0.2]', '[0.1]'),
+        (Config(data=Data('toy:verse', 4)), 'data.mixture', '"toy:documents"', '"toy:verse"'),
+        (Config(data=Data(workers=4)), 'data.workers', '0', '4'),
+        (Data(), 'mixture', 'nothing', '"toy:documents"'),
+    ],
+)
+def test_first_differing_field_is_named(tmp_path, config, field, theirs, ours):
+    open_workdir(tmp_path, Config())
+    before = (tmp_path / 'config.json').read_text()
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, config)
+    assert str(error.value) == (
+        f'{tmp_path} belongs to a run with {field}={theirs}, and this one has {field}={ours}: '
+        'use the same settings to continue it, or another --workdir.'
+    )
+    assert (tmp_path / 'config.json').read_text() == before
+
+
+def test_some_fields_may_change(tmp_path):
+    open_workdir(tmp_path, Config(), may_change=('data.workers',))
+    open_workdir(tmp_path, Config(data=Data(workers=4)), may_change=('data.workers',))
+    assert json.loads((tmp_path / 'config.json').read_text())['data']['workers'] == 4
+    open_workdir(tmp_path, Config(data=Data('toy:verse', 2)), may_change=('data',))
+    with pytest.raises(UserError, match='data.mixture='):
+        open_workdir(tmp_path, Config(), may_change=('dat', 'data.work', 'data.workers'))
+
+
+def test_damaged_config_and_unwritable_directory(tmp_path):
+    (tmp_path / 'config.json').write_text('{"steps": 1')
+    with pytest.raises(UserError, match=r'config.json is damaged \(Expecting .*\); restore it, or start in another --workdir.'):
+        open_workdir(tmp_path, Config())
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='file/run cannot be written: Not a directory.'):
+        open_workdir(tmp_path / 'file' / 'run', Config())
+
+
+def test_no_space_is_found_in_any_guise(tmp_path):
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with pytest.raises(UserError, match=f'No space left while writing to {tmp_path}'), no_space_is_said(tmp_path):
+            raise OSError(code, 'x')
+    with pytest.raises(UserError, match='No space left'), no_space_is_said(tmp_path):
+        raise ValueError('RESOURCE_EXHAUSTED: writing "d/1": [OS error 28: No space left on device]')
+    with pytest.raises(UserError, match='No space left'), no_space_is_said(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, 'x')
+        except OSError as error:
+            raise RuntimeError('a thread failed') from error
+    with pytest.raises(PermissionError), no_space_is_said(tmp_path):
+        raise PermissionError(errno.EACCES, 'x')
