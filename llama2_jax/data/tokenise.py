@@ -78,7 +78,7 @@ def build(
             _tidy(directory)
         barrier('cache ready')
     except OSError as error:
-        raise UserError(f'The token cache {directory} cannot be written: {error}.') from error
+        raise UserError(f'The token cache {directory} cannot be built: {error}.') from error
     return Cache(directory)
 
 
@@ -86,7 +86,8 @@ def _directory(source: str, parts: list[sources.Part], tokenizer, root: str | os
     if '://' in str(root):
         raise UserError(f'The token cache cannot lie at {root}, it needs a file system: mount the bucket and name the mount.')
     key = repr((FORMAT, RECORD, CHUNK, source, parts, tokenizer.fingerprint, heldout))
-    readable = re.sub(r'[^A-Za-z0-9]+', '-', source).strip('-')[-60:]
+    kind, _, name = source.partition(':')
+    readable = re.sub(r'[^A-Za-z0-9]+', '-', f'{kind}-{"-".join(Path(name).parts[-2:])}').strip('-')[:60]
     return Path(root).expanduser() / f'{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}'
 
 
@@ -286,7 +287,8 @@ class _RecordWriter:
             self.size = self._temporary.stat().st_size
             self._temporary.replace(self._path)
         else:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError, ValueError):  # the disk may be full; the first error is the one to tell
+                self._writer.close()
             self._temporary.unlink(missing_ok=True)
 
     def _checked(self, action: Callable[..., Any], *arguments) -> Any:

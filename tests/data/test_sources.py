@@ -17,7 +17,7 @@ def write(path, data: bytes):
 
 
 def write_arrayrecord(path, records):
-    writer = ArrayRecordWriter(str(path), 'group_size:1')
+    writer = ArrayRecordWriter(str(path), 'group_size:1,uncompressed')
     for record in records:
         writer.write(record)
     writer.close()
@@ -103,7 +103,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
         list(read_documents('tfds:mini_titles'))
     with pytest.raises(UserError, match="^Source tfds:mini_text#nope cannot be opened: .*Unknown split 'nope'"):
         list(read_documents('tfds:mini_text#nope'))
-    with pytest.raises(UserError, match=r'^Source tfds:mini_tex cannot be opened: Dataset mini_tex not found\.'):
+    with pytest.raises(UserError, match='^Source tfds:mini_tex cannot be opened: .*Dataset mini_tex not found'):
         list(read_documents('tfds:mini_tex'))
 
 
@@ -170,9 +170,9 @@ def test_a_damaged_arrayrecord_is_named_with_the_record(tmp_path):
     with pytest.raises(UserError, match=r'/a\.arrayrecord record 0 cannot be read, the file is corrupt or half-written'):
         list(read_documents(f'arrayrecord:{path}'))
     flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 1
+    flipped[good.index(rows[12][:1000]) + 500] ^= 1
     path.write_bytes(flipped)
-    with pytest.raises(UserError, match=r'/a\.arrayrecord record (9|10) cannot be read, the file is corrupt'):
+    with pytest.raises(UserError, match=r'/a\.arrayrecord record 12 cannot be read, the file is corrupt'):
         list(read_documents(f'arrayrecord:{path}'))
     write_arrayrecord(path, [b'{"text": "a"}', b'{}'])
     with pytest.raises(UserError, match=r"/a\.arrayrecord record 1 has no field 'text'\.$"):
