@@ -100,7 +100,7 @@ SHORT = (
     ('{n} told {b} a joke.', '{b} laughed all the way home.'),
     ('The {pet} of {n} saw its own face in the water.', 'It thought that it had found a friend.'),
     ('{n} planted a small tree in {home}.', 'Many years later, children sat in its shade.'),
-    ('It rained, and {n} had no coat.', '{b} gave {o} one, and they became friends.'),
+    ('It rained, and {n} had no coat.', '{b} gave {o} one, and {s} was warm again.'),
 )  # fmt: skip
 
 

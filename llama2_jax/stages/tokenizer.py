@@ -1,0 +1,83 @@
+"""Trains a tokenizer on documents: workdir/tokenizer.model, with LLaMA 2's SentencePiece settings."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama2_jax import runtime
+from llama2_jax.config import UserError
+from llama2_jax.data import sources
+from llama2_jax.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+from llama2_jax.train.workdir import open_workdir
+
+SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """What to train on and how many pieces to learn; everything else is as in LLaMA 2's own model (recipe B)."""
+
+    source: str = 'toy:documents'  # one source, or several by commas; each is read once
+    vocab_size: int = 1024  # the 259 of <unk>, <s>, </s> and the bytes included
+    max_sentences: int = 1_000_000  # of more lines than this a random sample is used
+
+
+def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
+    """Trains, or finds what the same command trained before, and prints pieces and compression.
+
+    Raises:
+      UserError: a source that cannot be read or has a weight, a vocabulary too large for the text, another config's workdir.
+    """
+    names = source_names(config)
+    # As long as nothing is trained there is nothing to protect, and a vocabulary that was too large can be set right.
+    trained = (Path(workdir) / FILE_NAME).exists()
+    fields = () if trained else tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, may_change=fields) / FILE_NAME
+    if trained:
+        runtime.say(f'{path} is already trained; for a new one use another --workdir.')
+    elif runtime.is_main_process():
+        train_tokenizer(documents(names), path, config.vocab_size, config.max_sentences)
+    runtime.barrier('tokenizer')
+    tokenizer = Tokenizer(path)
+    runtime.say(f'{path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}')
+    for name in names:
+        runtime.say(f'{name}: {bytes_per_token(tokenizer, name):.2f} bytes per token')
+    return tokenizer
+
+
+def source_names(config: TokenizerConfig) -> list[str]:
+    """The sources of a config, all found to exist.
+
+    Raises:
+      UserError: an unknown source, one without files, or one with a weight or epochs, which mean nothing here.
+    """
+    names = []
+    for component in sources.parse_mixture(config.source):
+        if component != sources.Component(component.source):
+            raise UserError(f'The tokenizer reads every source once: leave weight and epochs away from {component.source!r}.')
+        sources.split(component.source)
+        names.append(component.source)
+    return names
+
+
+def documents(names: list[str]) -> Iterator[str]:
+    """The documents of all sources, one source after the other."""
+    for name in names:
+        yield from sources.read_documents(name)
+
+
+def bytes_per_token(tokenizer: Tokenizer, source: str) -> float:
+    """UTF-8 bytes per token (BOS and EOS not counted) over the first `SAMPLE_BYTES` of a source.
+
+    Raises:
+      UserError: if there is no text in it.
+    """
+    size = tokens = 0
+    for text in sources.read_documents(source):
+        size += len(text.encode())
+        tokens += len(tokenizer.encode(text, bos=False, eos=False))
+        if size >= SAMPLE_BYTES:
+            break
+    if not tokens:
+        raise UserError(f'Source {source} has no text.')
+    return size / tokens
