@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from byte_tokenizer import ByteTokenizer, documents
+from byte_tokenizer import ByteTokenizer, DyingTokenizer, documents
 
 from llama2_jax.config import UserError
 from llama2_jax.data import cache as cache_module
@@ -236,6 +236,11 @@ def test_a_full_disk_is_named(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenise, 'ArrayRecordWriter', Full)
     with pytest.raises(UserError, match=r'-00000.arrayrecord could not be written: No space left on device'):
         build(corpus, tmp_path / 'cache')
+
+
+def test_a_worker_that_is_killed_is_reported(corpus, tmp_path):
+    with pytest.raises(UserError, match=r'^A tokenising process was killed'):
+        build(corpus, tmp_path / 'cache', tokenizer=DyingTokenizer(), workers=2)
 
 
 def test_workers_do_not_run_the_script(tmp_path):
