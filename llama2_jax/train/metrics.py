@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
@@ -93,11 +90,7 @@ class Report:
         self._lines = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
         if (workdir / 'samples.md').exists():
             write_atomically(workdir / 'samples.md', _samples_until(workdir / 'samples.md', progress.step))
-        # The writer without SummaryWriter's thread: that one would swallow a full disk and then wait for ever.
-        (workdir / 'tensorboard').mkdir(exist_ok=True)
-        self._board = EventsWriter(str(workdir / 'tensorboard' / 'events'))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard hides what earlier files hold from this step on
-        self._board.write_event(Event(step=progress.step + 1, wall_time=time.time(), session_log=start))
+        self._board = TensorBoard(workdir / 'tensorboard', progress.step)
         self._bar = Bar(progress.step, steps)
 
     def __enter__(self) -> 'Report':
@@ -131,11 +124,7 @@ class Report:
         line = {key: value if value is not None and math.isfinite(value) else None for key, value in line.items()}
         self._lines.write(json.dumps(line, allow_nan=False) + '\n')
         self._lines.flush()
-        for key, value in line.items():
-            if value is not None and key != 'step':
-                event = Event(step=line['step'], wall_time=time.time(), summary=scalar(key, value, display_name=key))
-                self._board.write_event(event)
-        self._board.flush()
+        self._board.write(line)
         self._bar.show(line)
 
     def sample(self, step: int, text: str) -> None:
@@ -153,6 +142,39 @@ class Report:
         """Draws loss.png."""
         if self._writes:
             plot(self._workdir)
+
+
+class TensorBoard:
+    """One more event file in `directory`; TensorBoard hides what earlier files hold beyond `step`."""
+
+    def __init__(self, directory: Path, step: int):
+        hidden = 'torch' not in sys.modules
+        if hidden:  # tensorboardX imports it where it is installed: seconds and hundreds of megabytes for nothing
+            sys.modules['torch'] = None
+        try:
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        finally:
+            if hidden:
+                del sys.modules['torch']
+        directory.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        # The writer without SummaryWriter's thread: that one would swallow the error of a full disk.
+        self._writer = event_file_writer.EventsWriter(str(directory / 'events'))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Every number of a line of metrics as a scalar of its own name."""
+        for key, value in line.items():
+            if value is not None and key != 'step':
+                summary = self._scalar(key, value, display_name=key)
+                self._writer.write_event(self._event(step=line['step'], wall_time=time.time(), summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
 
 
 class Bar:
@@ -227,7 +249,7 @@ def plot(workdir: Path) -> None:
 
     lines = read_metrics(workdir / 'metrics.jsonl')
     names = ['loss', *sorted({name for line in lines for name in line if name.startswith('heldout') and name.endswith('loss')})]
-    figure = Figure(figsize=(8, 5), layout='constrained')
+    figure = Figure(figsize=(8, 5))
     axes = figure.add_subplot(xlabel='step', ylabel='loss (nats a token)')
     for name in names:
         points = [(line['step'], line[name]) for line in lines if line.get(name) is not None]

@@ -1,10 +1,11 @@
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from llama2_jax.config import UserError
 from llama2_jax.train import metrics as metrics_lib
@@ -102,6 +103,8 @@ def test_damaged_line_is_named(tmp_path):
 
 def test_tensorboard_holds_the_same(tmp_path):
     write(tmp_path, [5, 6], step=4)
+    from tensorboardX.proto.event_pb2 import Event  # only now: `TensorBoard` sees to it that torch is not imported
+
     (path,) = (tmp_path / 'tensorboard').iterdir()
     data, events = path.read_bytes(), []
     while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
@@ -132,3 +135,9 @@ def test_plot_of_nothing_but_nulls(tmp_path):
     metrics_lib.plot(tmp_path)
     assert (tmp_path / 'loss.png').stat().st_size > 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ['loss.png', 'metrics.jsonl']
+
+
+def test_torch_is_not_imported(tmp_path):
+    code = 'import sys; from pathlib import Path; from llama2_jax.train.metrics import TensorBoard as T'
+    code += f'; T(Path({str(tmp_path / "t")!r}), 0).close(); assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
