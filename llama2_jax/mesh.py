@@ -23,7 +23,7 @@ DATA_AXES = ('replica', 'fsdp', 'sequence')  # the axes over which tokens differ
 
 # Letter -> mesh axes; the letters are explained in model/llama.py. What is missing raises.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+    'N': (), 'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
 }  # fmt: skip
 # Parameters at rest: the model dimension is cut over everything that does not cut another letter.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -106,6 +106,16 @@ def shard_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
     The length is cut by the step, after it has split inputs from targets.
     """
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH_AXES)), array)
+
+
+def reshard(array: jax.Array, letters: str) -> jax.Array:
+    """An activation moved to where its letters say."""
+    return array if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(array, spec(letters))
+
+
+def replicate(array: jax.Array) -> jax.Array:
+    """The whole array on every device."""
+    return array if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(array, P())
 
 
 def gather(weight: jax.Array, letters: str) -> jax.Array:

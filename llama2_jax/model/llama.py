@@ -105,7 +105,10 @@ class Block(nnx.Module):
 
     def attend(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
         """Causal attention over the sequence itself."""
-        out_BLHK = attention(*self.qkv(x_BLD, rope), segments_BL, implementation=compute.attention)
+        return self.output(attention(*self.qkv(x_BLD, rope), segments_BL, implementation=compute.attention))
+
+    def output(self, out_BLHK: jax.Array) -> jax.Array:
+        """What the heads found, back to [B, L, D]."""
         return einsum('BLHK,HKD->BLD', out_BLHK, self.w_o_HKD)
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:

@@ -67,6 +67,36 @@ def attention(
     return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
+def attention_with_cache(
+    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, start_B: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes new keys and values into the cache at `start_B`, then attends to all up to each query's own place.
+
+    Args:
+      q_BLHK, k_BLGK, v_BLGK: of the new tokens, rotated by their positions.
+      start_B: int32, places filled before.
+      k_BMGK, v_BMGK: the cache.
+
+    Returns:
+      [B, L, H, K], and the cache with the new tokens in it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return _cached(q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK)
+    names = ('BLHK', 'BLGK', 'BLGK', 'B', 'BMGK', 'BMGK')
+    in_specs, out_specs = (tuple(spec(name) for name in some) for some in (names, ('BLHK', 'BMGK', 'BMGK')))
+    return jax.shard_map(_cached, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+        q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK
+    )
+
+
+def _cached(q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK):
+    write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
+    k_BMGK, v_BMGK = write(k_BMGK, k_BLGK, start_B), write(v_BMGK, v_BLGK, start_B)
+    places_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])
+    visible_BLM = jnp.arange(k_BMGK.shape[1]) <= places_BL[:, :, None]
+    return _attend(q_BLHK, k_BMGK, v_BMGK, visible_BLM), k_BMGK, v_BMGK
+
+
 def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM: jax.Array | None, shards: int) -> jax.Array:
     """What each query of this shard may see: bool [1 or B, L, M]."""
     first = jax.lax.axis_index('sequence') * length if shards > 1 else 0
@@ -75,12 +105,16 @@ def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM:
 
 
 def _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
+    return _attend(q_BLHK, k_BMGK, v_BMGK, _visible(q_BLHK.shape[1], k_BMGK.shape[1], segments_BL, segments_BM, shards))
+
+
+def _attend(q_BLHK, k_BMGK, v_BMGK, visible_BLM):
     B, L, H, K = q_BLHK.shape
-    M, G = k_BMGK.shape[1:3]
+    G = k_BMGK.shape[2]
     q_BLGRK = (q_BLHK * K**-0.5).reshape(B, L, G, H // G, K)
     scores = jnp.einsum('BLGRK,BMGK->BGRLM', q_BLGRK, k_BMGK, preferred_element_type=jnp.float32)
-    visible = _visible(L, M, segments_BL, segments_BM, shards)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v_BMGK.dtype)
+    scores = jnp.where(visible_BLM[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMGK.dtype)
     return jnp.einsum('BGRLM,BMGK->BLGRK', weights, v_BMGK).reshape(B, L, H, K)
 
 

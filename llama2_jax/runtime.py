@@ -1,0 +1,103 @@
+"""Start-up: quiet libraries, several processes, chips, and the wrapper that turns a user's mistake into one sentence."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+
+from llama2_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator as its maker publishes it.
+
+    Attributes:
+      peak_flops: dense bfloat16 FLOP/s.
+      memory: bytes of device memory.
+      bandwidth: bytes/s of device memory.
+      link: bytes/s of one network link, one way; 0 where a step time is not predicted.
+      torus: dimensions of that network.
+    """
+
+    name: str
+    peak_flops: float
+    memory: float
+    bandwidth: float = 0
+    link: float = 0
+    torus: int = 0
+
+
+# By the device kind that JAX reports.
+CHIPS = {
+    'TPU v3': Chip('v3', 123e12, 32e9, 9.0e11),
+    'TPU v4': Chip('v4', 275e12, 32 * 2**30, 1.2e12, 4.5e10, 3),
+    'TPU v5 lite': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2),
+    'TPU v5e': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2),
+    'TPU v5': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3),
+    'TPU v5p': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3),
+    'TPU v6 lite': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2),
+    'TPU v6e': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2),
+    'NVIDIA A100-SXM4-80GB': Chip('A100', 312e12, 80e9, 2.0e12),
+    'NVIDIA H100 80GB HBM3': Chip('H100', 989e12, 80e9, 3.35e12),
+    'NVIDIA H200': Chip('H200', 989e12, 141e9, 4.8e12),
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """What is known of a device's chip; None for CPUs and chips not in the table."""
+    return CHIPS.get(device.device_kind)
+
+
+def start() -> None:
+    """Once per process, before any array: joins the other processes of a pod, where there are any.
+
+    On a TPU pod `jax.distributed` finds them by itself. Elsewhere set LLAMA2_JAX_COORDINATOR=host:port,
+    LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS in every process.
+    """
+    if coordinator := os.environ.get('LLAMA2_JAX_COORDINATOR'):
+        try:
+            count, index = int(os.environ['LLAMA2_JAX_PROCESSES']), int(os.environ['LLAMA2_JAX_PROCESS'])
+        except (KeyError, ValueError):
+            raise UserError(
+                'LLAMA2_JAX_COORDINATOR is set, so LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS must be whole numbers.'
+            ) from None
+        jax.distributed.initialize(coordinator, count, index)
+    elif 'TPU_WORKER_HOSTNAMES' in os.environ and ',' in os.environ['TPU_WORKER_HOSTNAMES']:
+        jax.distributed.initialize()
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the process with one sentence and exit code 1 for a UserError; other errors keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f'Error: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the logs and files that one process writes for all."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, from the main process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+Main = Callable[[list[str]], None]
