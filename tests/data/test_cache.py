@@ -177,12 +177,6 @@ def test_random_access_to_the_stream(big, monkeypatch):
         cache.train.read(60000, 60016)
 
 
-def test_an_index_on_disk_reads_the_same(big, monkeypatch):
-    cache, tokens = big
-    monkeypatch.setattr(cache_module, 'BIG_INDEX', 0)
-    assert np.array_equal(tokenise.Cache(cache.directory).train.read(5, 50000), tokens[5:50000])
-
-
 def test_wide_vocabularies(tmp_path):
     (tmp_path / 'a.txt').write_text('abc')
     cache = build(f'text:{tmp_path}/a.txt', tmp_path / 'cache', heldout=0, tokenizer=ByteTokenizer(2**16 + 1))
