@@ -1,11 +1,50 @@
-"""Weights to rows: how many sequences of each source a run takes, and which row comes from which source. Exact, in fractions."""
+"""Mixtures: which sources with what weights, how many sequences of each a run takes, and which row comes from which source.
 
+All in fractions, so that proportions are exact.
+"""
+
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 from llama2_jax.config import UserError
-from llama2_jax.data.sources import Component
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One source of a mixture: its weight relative to the others, and how many epochs of it a run may see (None: any number)."""
+
+    source: str
+    weight: Fraction = Fraction(1)
+    epochs: Fraction | None = None
+
+
+def parse_mixture(mixture: str) -> tuple[Component, ...]:
+    """Reads `source[:weight][@epochs], source…`.
+
+    Weights are fractions: `0.1` is 1/10. A trailing `:number` is a weight, never a TFDS version.
+
+    >>> parse_mixture('toy:documents, text:books/*.txt:2.5@4')[1]
+    Component(source='text:books/*.txt', weight=Fraction(5, 2), epochs=Fraction(4, 1))
+
+    Raises:
+      UserError: an empty mixture, a weight or epoch limit that is not positive, the same source twice.
+    """
+    components: list[Component] = []
+    for text in filter(None, map(str.strip, mixture.split(','))):
+        number = r'[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?'
+        source, weight, epochs = re.fullmatch(rf'(.+?)(?::({number}))?(?:@({number}))?', text).groups()
+        component = Component(source, Fraction(weight or 1), Fraction(epochs) if epochs else None)
+        if component.weight <= 0 or (epochs and component.epochs <= 0):
+            raise UserError(f'Mixture entry {text!r}: weight and epochs must be positive numbers.')
+        if source in [other.source for other in components]:
+            raise UserError(f'Mixture names the source {source!r} twice; give it once, with the sum of the weights.')
+        components.append(component)
+    if not components:
+        raise UserError('The mixture is empty; write for example toy:documents, or text:books/*.txt:2,jsonl:web/*.jsonl.gz.')
+    return tuple(components)
 
 
 def water_fill(components: Sequence[Component], counts: Sequence[int], rows: int) -> list[Fraction]:

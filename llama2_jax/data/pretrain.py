@@ -19,8 +19,7 @@ from absl import flags
 from llama2_jax.config import UserError
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
-from llama2_jax.data.mixing import Interleave, water_fill
-from llama2_jax.data.sources import parse_mixture
+from llama2_jax.data.mixing import Interleave, parse_mixture, water_fill
 from llama2_jax.data.tokenise import build
 
 Batch = dict[str, np.ndarray]
@@ -33,7 +32,7 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      mixture: `source[:weight][@epochs], source…` (`data/sources.py`).
+      mixture: `source[:weight][@epochs], source…` (sources: `data/sources.py`, weights: `data/mixing.py`).
       cache_dir: where token caches lie; '' for $LLAMA2_JAX_CACHE, or ~/.cache/llama2_jax.
       heldout: share of each source's documents that is never trained on.
       workers: processes that read ahead; 0 for a thread of this one, which gives millions of tokens a second. Slow network disks

@@ -13,7 +13,6 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,42 +78,10 @@ def split(source: str) -> list[Part]:
         raise UserError(f'Source {source!r} is of an unknown kind {kind!r}; {nearest(kind, _SPLITTERS)}')
     if not colon or not name:
         raise UserError(f'Source {source!r} names nothing after {kind!r}; write {_FORMS[kind]}.')
-    return _SPLITTERS[kind](kind, name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """One source of a mixture: its weight relative to the others, and how many epochs of it a run may see (None: any number)."""
-
-    source: str
-    weight: Fraction = Fraction(1)
-    epochs: Fraction | None = None
-
-
-def parse_mixture(mixture: str) -> tuple[Component, ...]:
-    """Reads `source[:weight][@epochs], source…`.
-
-    Weights are fractions, so that proportions are exact: `0.1` is 1/10. A trailing `:number` is a weight, never a TFDS version.
-
-    >>> parse_mixture('toy:documents, text:books/*.txt:2.5@4')[1]
-    Component(source='text:books/*.txt', weight=Fraction(5, 2), epochs=Fraction(4, 1))
-
-    Raises:
-      UserError: an empty mixture, a weight or epoch limit that is not positive, the same source twice.
-    """
-    components: list[Component] = []
-    for text in filter(None, map(str.strip, mixture.split(','))):
-        number = r'[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?'
-        source, weight, epochs = re.fullmatch(rf'(.+?)(?::({number}))?(?:@({number}))?', text).groups()
-        component = Component(source, Fraction(weight or 1), Fraction(epochs) if epochs else None)
-        if component.weight <= 0 or (epochs and component.epochs <= 0):
-            raise UserError(f'Mixture entry {text!r}: weight and epochs must be positive numbers.')
-        if source in [other.source for other in components]:
-            raise UserError(f'Mixture names the source {source!r} twice; give it once, with the sum of the weights.')
-        components.append(component)
-    if not components:
-        raise UserError('The mixture is empty; write for example toy:documents, or text:books/*.txt:2,jsonl:web/*.jsonl.gz.')
-    return tuple(components)
+    try:
+        return _SPLITTERS[kind](kind, name)
+    except (ImportError, OSError) as error:  # such as gs:// without gcsfs, or without permission
+        raise UserError(f'Source {source} cannot be read: {error}.') from error
 
 
 # Splitting

@@ -77,6 +77,7 @@ def build(
             _write_json(directory / 'meta.json', {'source': source, 'dtype': _dtype(tokenizer), 'parts': infos})
             _tidy(directory)
         barrier('cache ready')
+        (directory / f'member-{process_index}').unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f'The token cache {directory} cannot be built: {error}.') from error
     return Cache(directory)

@@ -4,8 +4,33 @@ from fractions import Fraction
 import pytest
 
 from llama2_jax.config import UserError
-from llama2_jax.data.mixing import Interleave, water_fill
-from llama2_jax.data.sources import parse_mixture
+from llama2_jax.data.mixing import Component, Interleave, parse_mixture, water_fill
+
+
+def test_mixture_strings():
+    assert parse_mixture('toy:documents') == (Component('toy:documents'),)
+    assert parse_mixture(' text:a/*.txt:0.1@2.5 , tfds:wiki/en:1.0.0#train[:10%]:3,jsonl:b@x.jsonl,text:c@4,') == (
+        Component('text:a/*.txt', Fraction(1, 10), Fraction(5, 2)),
+        Component('tfds:wiki/en:1.0.0#train[:10%]', Fraction(3)),
+        Component('jsonl:b@x.jsonl'),
+        Component('text:c', epochs=Fraction(4)),
+    )
+    assert parse_mixture('tfds:wiki:1.0.0')[0].source == 'tfds:wiki:1.0.0'
+
+
+@pytest.mark.parametrize(
+    ('mixture', 'sentence'),
+    [
+        (' , ', 'The mixture is empty'),
+        ('text:a:0', "Mixture entry 'text:a:0': weight and epochs must be positive"),
+        ('text:a:-1', "Mixture entry 'text:a:-1': weight and epochs must be positive"),
+        ('text:a@0', "Mixture entry 'text:a@0': weight and epochs must be positive"),
+        ('text:a,text:a:2', "Mixture names the source 'text:a' twice"),
+    ],
+)
+def test_bad_mixtures(mixture, sentence):
+    with pytest.raises(UserError, match=f'^{sentence}'):
+        parse_mixture(mixture)
 
 
 def shares(mixture, counts, rows):

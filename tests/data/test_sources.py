@@ -1,14 +1,13 @@
 import functools
 import gzip
 import json
-from fractions import Fraction
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from llama2_jax.config import UserError
 from llama2_jax.data import sources
-from llama2_jax.data.sources import Component, parse_mixture, read_documents
+from llama2_jax.data.sources import read_documents
 
 
 def write(path, data: bytes):
@@ -193,27 +192,26 @@ def test_bad_source_strings(source, sentence):
         sources.split(source)
 
 
-def test_mixture_strings():
-    assert parse_mixture('toy:documents') == (Component('toy:documents'),)
-    assert parse_mixture(' text:a/*.txt:0.1@2.5 , tfds:wiki/en:1.0.0#train[:10%]:3,jsonl:b@x.jsonl,text:c@4,') == (
-        Component('text:a/*.txt', Fraction(1, 10), Fraction(5, 2)),
-        Component('tfds:wiki/en:1.0.0#train[:10%]', Fraction(3)),
-        Component('jsonl:b@x.jsonl'),
-        Component('text:c', epochs=Fraction(4)),
-    )
-    assert parse_mixture('tfds:wiki:1.0.0')[0].source == 'tfds:wiki:1.0.0'
+def test_a_bucket_without_its_library_is_one_sentence(monkeypatch):
+    from etils import epath
+
+    def glob(self, pattern):
+        assert (str(self), pattern) == ('gs://bucket/books', '2*/*.txt')
+        raise ImportError('Please install gcsfs to access Google Storage')
+
+    monkeypatch.setattr(epath.gpath._GPath, 'glob', glob)
+    with pytest.raises(UserError, match=r'^Source text:gs://bucket/books/2\*/\*\.txt cannot be read: Please install gcsfs'):
+        sources.split('text:gs://bucket/books/2*/*.txt')
 
 
-@pytest.mark.parametrize(
-    ('mixture', 'sentence'),
-    [
-        (' , ', 'The mixture is empty'),
-        ('text:a:0', "Mixture entry 'text:a:0': weight and epochs must be positive"),
-        ('text:a:-1', "Mixture entry 'text:a:-1': weight and epochs must be positive"),
-        ('text:a@0', "Mixture entry 'text:a@0': weight and epochs must be positive"),
-        ('text:a,text:a:2', "Mixture names the source 'text:a' twice"),
-    ],
-)
-def test_bad_mixtures(mixture, sentence):
-    with pytest.raises(UserError, match=f'^{sentence}'):
-        parse_mixture(mixture)
+def test_a_bucket_is_read_like_a_disk(tmp_path, monkeypatch):
+    from etils import epath
+
+    for name in ('a.txt', 'b.txt.gz'):
+        write(tmp_path / name, name.encode())
+    monkeypatch.setattr(epath, 'Path', lambda path: epath.gpath.PosixGPath(str(path).replace('gs://bucket', str(tmp_path))))
+    local = f'{tmp_path}/'
+    parts = sources.split('text:gs://bucket/*')
+    assert [name.replace(local, '') for part in parts for name in part.names] == ['a.txt', 'b.txt.gz']
+    monkeypatch.setattr(sources, '_glob', lambda pattern: [('gs://bucket/a.txt', 5, 0), ('gs://bucket/b.txt.gz', 5, 0)])
+    assert list(read_documents('text:gs://bucket/*')) == ['a.txt', 'b.txt.gz']
