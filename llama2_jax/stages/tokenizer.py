@@ -7,6 +7,7 @@ from pathlib import Path
 from llama2_jax import runtime
 from llama2_jax.config import UserError
 from llama2_jax.data import sources
+from llama2_jax.data.mixing import Component, parse_mixture
 from llama2_jax.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 from llama2_jax.train.workdir import open_workdir
 
@@ -52,8 +53,8 @@ def source_names(config: TokenizerConfig) -> list[str]:
       UserError: an unknown source, one without files, or one with a weight or epochs, which mean nothing here.
     """
     names = []
-    for component in sources.parse_mixture(config.source):
-        if component != sources.Component(component.source):
+    for component in parse_mixture(config.source):
+        if component != Component(component.source):
             raise UserError(f'The tokenizer reads every source once: leave weight and epochs away from {component.source!r}.')
         sources.split(component.source)
         names.append(component.source)
