@@ -20,13 +20,14 @@ from llama2_jax.config import UserError
 SPLITS = ('train', 'heldout')
 RECORD = 8192  # tokens
 OPEN_FILES = 64  # of one stream; each holds 8 bytes a record, so a stream of 2T tokens in 1,024 files takes 120 MB
+RANDOM_ACCESS = 'readahead_buffer_size:0,max_parallelism:0'  # ArrayRecord's options for it
 
 
 class TokenStream:
     """The tokens of one split of a cache as one long array on disk. Safe to share between threads and to send to processes."""
 
-    def __init__(self, directory: Path, files: list[str], tokens: list[int], sizes: list[int], dtype: str):
-        self._directory, self._files, self._sizes, self._dtype = directory, files, sizes, np.dtype(dtype)
+    def __init__(self, directory: Path, files: list[str], tokens: list[int], dtype: str):
+        self._directory, self._files, self._dtype = directory, files, np.dtype(dtype)
         self._ends = np.cumsum(np.asarray(tokens, np.int64))
         self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -96,11 +97,8 @@ class TokenStream:
             if file in self._readers:
                 self._readers.move_to_end(file)
                 return self._readers[file]
-            path = self._directory / self._files[file]
-            if path.stat().st_size != self._sizes[file]:
-                raise ValueError(f'the file has {path.stat().st_size} bytes, {self._sizes[file]} were written')
             # `index_storage_option:offloaded` would hold no index, but takes time in proportion to the file for every read.
-            self._readers[file] = ArrayRecordReader(str(path), 'readahead_buffer_size:0,max_parallelism:0')
+            self._readers[file] = ArrayRecordReader(str(self._directory / self._files[file]), RANDOM_ACCESS)
             if len(self._readers) > OPEN_FILES:
                 self._readers.popitem(last=False)  # closed when its last reading thread lets go of it
             return self._readers[file]
@@ -128,7 +126,6 @@ class Cache:
                 directory,
                 [file_name(split, i) for i in range(len(parts))],
                 [part[split]['tokens'] for part in parts],
-                [part[split]['size'] for part in parts],
                 meta['dtype'],
             )
             for split in SPLITS

@@ -256,8 +256,6 @@ def _build_parts(directory: Path, parts: list[sources.Part], todo: list[int], en
                     documents += sum(result.documents.values())
                     bar.set_postfix(documents=documents, refresh=False)
                     bar.update(sum(result.bytes.values()))
-            for split in SPLITS:
-                info[split]['size'] = writers[split].size
             _write_json(directory / f'{part:05d}.json', info)
 
 
@@ -267,7 +265,6 @@ class _RecordWriter:
     def __init__(self, path: Path):
         self._path, self._temporary = path, _temporary(path)
         self._rest = np.empty(0, np.uint16)
-        self.size = 0  # bytes of the finished file
 
     def __enter__(self) -> Self:
         self._writer = self._checked(ArrayRecordWriter, str(self._temporary), 'group_size:1,uncompressed')
@@ -285,7 +282,6 @@ class _RecordWriter:
             if len(self._rest):
                 self._checked(self._writer.write, self._rest.tobytes())
             self._checked(self._writer.close)
-            self.size = self._temporary.stat().st_size
             self._temporary.replace(self._path)
         else:
             with contextlib.suppress(RuntimeError, ValueError):  # the disk may be full; the first error is the one to tell

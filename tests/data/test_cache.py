@@ -56,7 +56,7 @@ def test_all_documents_are_there_once_split_by_content_and_counted(corpus, tmp_p
 
 def test_duplicates_fall_on_one_side_in_any_source(tmp_path):
     for name in ('a', 'b'):
-        rows = [json.dumps({'text': f'{i % 100} times'}) for i in range(300 if name == 'a' else 100)]
+        rows = [json.dumps({'text': f'{i % 97} times'}) for i in range(300 if name == 'a' else 97)]
         (tmp_path / f'{name}.jsonl').write_text('\n'.join(rows))
     splits = []
     for name in ('a', 'b'):
@@ -64,7 +64,7 @@ def test_duplicates_fall_on_one_side_in_any_source(tmp_path):
         splits.append([set(documents(stream.read(0, len(stream)))) for stream in (cache.train, cache.heldout)])
     assert splits[0] == splits[1]
     assert not splits[0][0] & splits[0][1]
-    assert len(splits[0][0] | splits[0][1]) == 100
+    assert len(splits[0][0] | splits[0][1]) == 97
     assert cache.documents == {'train': len(splits[1][0]), 'heldout': len(splits[1][1])}
 
 
@@ -183,7 +183,7 @@ def test_wide_vocabularies(tmp_path):
     assert documents(cache.train.read(0, 5)) == ['abc']
 
 
-@pytest.mark.parametrize('damage', ['flip', 'cut', 'gone', 'record'])
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'empty', 'gone', 'record'])
 def test_damage_is_named_with_the_way_out(big, damage):
     cache, tokens = big
     path = cache.directory / 'train-00001.arrayrecord'
@@ -193,6 +193,8 @@ def test_damage_is_named_with_the_way_out(big, damage):
         path.write_bytes(good[: place + 99] + bytes([good[place + 99] ^ 1]) + good[place + 100 :])
     elif damage == 'cut':
         path.write_bytes(good[:place])
+    elif damage == 'empty':
+        path.write_bytes(b'')
     elif damage == 'gone':
         path.unlink()
     else:

@@ -86,6 +86,12 @@ def test_no_source_exceeds_its_limit_by_rounding():
     assert abs(seen[0] - exact[0] * rows) < 1
 
 
+def test_a_limit_is_also_reached_to_the_sequence():
+    exact = shares('text:a:8,text:b:7,text:c:99@1', [1, 1, 9], 21)
+    assert exact == [Fraction(12 * 8, 21 * 15), Fraction(12 * 7, 21 * 15), Fraction(9, 21)]
+    assert Counter(Interleave(exact, 21)[row][0] for row in range(21))[2] == 9
+
+
 def test_weights_that_grain_would_round():
     exact = shares('text:a:0.3,text:b:0.7001', [1, 1], 10)
     assert exact == [Fraction(3000, 10001), Fraction(7001, 10001)]
