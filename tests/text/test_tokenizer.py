@@ -11,8 +11,6 @@ from sentencepiece import sentencepiece_model_pb2
 from llama2_jax.config import UserError
 from llama2_jax.text.tokenizer import SENTENCE_BYTES, Tokenizer, sentences, train_tokenizer
 
-LLAMA2 = Path(__file__).parents[3] / 'shared/data/tokenizer/tokenizer.model'
-
 GOLDEN = {
     'Hello world': '15043 3186',
     '12345': '29871 29896 29906 29941 29946 29945',
@@ -30,10 +28,8 @@ GOLDEN = {
 
 
 @pytest.fixture(scope='module')
-def llama2():
-    if not LLAMA2.exists():
-        pytest.skip(f"LLaMA 2's tokenizer is not at {LLAMA2}")
-    return Tokenizer(LLAMA2)
+def llama2(shared):
+    return Tokenizer(shared / 'data/tokenizer')
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,23 @@
+"""Every test sees eight CPU devices, whatever the machine has, and JAX at its strictest."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+from pathlib import Path  # noqa: E402 (the environment must be set before JAX is imported)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+SHARED = Path(__file__).parents[2] / 'shared'
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    """The optional folder of models and texts beside the repository; tests that need it skip where it is absent."""
+    if not SHARED.exists():
+        pytest.skip(f'no optional test data at {SHARED}')
+    return SHARED
