@@ -20,7 +20,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
 from llama2_jax.data.mixing import Interleave, parse_mixture, water_fill
-from llama2_jax.data.tokenise import build
+from llama2_jax.data.tokenise import build, end_with_parent
 
 Batch = dict[str, np.ndarray]
 THREADS = 1  # reading ahead; more only take the interpreter from each other, unless the disk is slow
@@ -161,7 +161,8 @@ class PretrainData:
             if not flags.FLAGS.is_parsed():  # grain asks a flag of its own, also in a notebook or a plain script
                 flags.FLAGS.mark_as_parsed()
             dataset = grain.experimental.WithOptionsIterDataset(dataset, grain.experimental.DatasetOptions(min_shm_size=2**62))
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, end_with_parent)
         return _Closing(iter(dataset))
 
     def heldout(self, source: int) -> Iterator[Batch]:

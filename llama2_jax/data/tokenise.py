@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -68,9 +69,8 @@ def build(
         rank = members.index(process_index)
         if not (directory / 'meta.json').exists():
             todo = [i for i in range(rank, len(parts), len(members)) if not (directory / f'{i:05d}.json').exists()]
-            _build_parts(
-                directory, parts, todo, _Encoder(tokenizer, heldout), workers or os.cpu_count(), source if rank == 0 else ''
-            )
+            title = source if rank == 0 else ''
+            _build_parts(directory, parts, todo, _Encoder(tokenizer, heldout), workers or os.cpu_count(), title)
         barrier('cache built')
         if rank == 0 and not (directory / 'meta.json').exists():
             infos = [json.loads((directory / f'{i:05d}.json').read_text()) for i in range(len(parts))]
@@ -216,6 +216,17 @@ def _start(encode: _Encoder) -> None:
     global _encode
     _encode = encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
+    end_with_parent()
+
+
+def end_with_parent(*_) -> None:
+    """Ends this worker process when its parent is gone: one that was killed cannot tell it, and the worker would wait forever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _work(chunk: _Chunk) -> _Encoded:

@@ -1,6 +1,7 @@
 """A tokenizer whose ids say what they are: 0 <unk>, 1 BOS, 2 EOS, 3 + byte."""
 
 import os
+import time
 
 
 class ByteTokenizer:
@@ -23,6 +24,15 @@ class DyingTokenizer(ByteTokenizer):
 
     def encode_batch(self, texts, bos, eos):
         os._exit(9)
+
+
+class SleepingTokenizer(ByteTokenizer):
+    """Its worker processes leave their ids in $PIDS and never finish."""
+
+    def encode_batch(self, texts, bos, eos):
+        with open(os.environ['PIDS'], 'a') as file:
+            file.write(f'{os.getpid()}\n')
+        time.sleep(1000)
 
 
 def documents(ids):

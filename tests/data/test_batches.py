@@ -74,7 +74,7 @@ def test_the_global_batch_is_the_same_on_any_number_of_processes(make, count):
     assert equal(concatenated([make(process_index=p, process_count=count).train() for p in range(count)]), whole)
 
 
-@pytest.mark.parametrize(('workers', 'start', 'count'), [(0, 11, 1), (2, 0, 1), (1, 11, 2), (2, 29, 1)])
+@pytest.mark.parametrize(('workers', 'start', 'count'), [(0, 11, 1), (2, 0, 1), (1, 11, 2)])
 def test_any_number_of_workers_and_any_start_continue_the_same_batches(make, workers, start, count):
     whole = list(make().train())[start:]
     per_process = [make(workers=workers, process_index=p, process_count=count).train(start) for p in range(count)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -256,3 +257,52 @@ def test_workers_do_not_run_the_script(tmp_path):
     (tmp_path / 'a.txt').write_text('\n<|endoftext|>\n'.join(f'document {i} of a script without a guard' for i in range(50)))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout, done.returncode) == ('script\n50\n', 0), done.stderr
+
+
+READING = """
+    from llama2_jax.data.pretrain import DataConfig, PretrainData
+    if __name__ == '__main__':
+        config = DataConfig('text:{path}/a.txt', '{path}/cache', heldout=0, workers=1)
+        batches = PretrainData(config, ByteTokenizer(), length=9, batch_size=4, seed=0, steps=10**6).train()
+        next(batches)
+        children = [child.pid for child in multiprocessing.active_children()]
+        with open('{path}/pids', 'w') as file:
+            file.write(f'{{children[0]}}\\n')
+        time.sleep(1000)
+"""
+BUILDING = """
+    from llama2_jax.data import tokenise
+    tokenise.CHUNK = 100
+    tokenise.build('text:{path}/a.txt', SleepingTokenizer(), '{path}/cache', heldout=0, workers=2)
+"""
+
+
+@pytest.mark.parametrize('work', [READING, BUILDING])
+def test_no_process_outlives_a_killed_run(tmp_path, work):
+    head = f"""
+    import multiprocessing, sys, time
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    from byte_tokenizer import ByteTokenizer, SleepingTokenizer
+    """
+    (tmp_path / 'script.py').write_text(textwrap.dedent(head) + textwrap.dedent(work.format(path=tmp_path)))
+    (tmp_path / 'a.txt').write_text('\n<|endoftext|>\n'.join(f'document {i} of a run that is killed' for i in range(50)))
+    pids = tmp_path / 'pids'
+    with subprocess.Popen([sys.executable, str(tmp_path / 'script.py')], env={**os.environ, 'PIDS': str(pids)}) as run:
+        while not (pids.exists() and pids.read_text().endswith('\n')):
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.kill()
+    workers = [int(pid) for pid in pids.read_text().split()]
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _alive(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
