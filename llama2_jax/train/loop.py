@@ -88,11 +88,7 @@ def fit(
     """
     workdir = Path(workdir).absolute()
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
-    with (
-        no_space_is_said(workdir),
-        Checkpoints(workdir / 'checkpoints', **retention) as checkpoints,
-        Interruption() as interruption,
-    ):
+    with no_space_is_said(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:
         state, progress = checkpoints.restore(abstract_state) or (None, {})
         progress = Progress(**progress)
         state = init() if state is None else state
@@ -130,8 +126,9 @@ def fit(
                 if samples:
                     report.sample(number, sample(state))
                 if saves:
+                    report.flush()
                     checkpoints.save(number, state, dataclasses.asdict(progress), figures.get(HELDOUT))
-                if evaluates:
+                if evaluates or number == steps:
                     report.plot()
                 if stop:
                     _leave(number, steps, checkpoints, report)
@@ -155,17 +152,14 @@ def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, 
     """Says that a step had no finite loss or gradient, and stops once more than `config.skip_nonfinite` had none."""
     step, skipped = report.progress.step, report.progress.skipped
     rows = ', '.join(records[:8]) + (f' and {len(records) - 8} more' if len(records) > 8 else '')
-    what = (
-        f'Step {step} has {"a gradient that is not finite" if math.isfinite(loss) else f"the loss {loss}"}; its batch is: {rows}'
-    )
+    fault = 'a gradient that is not finite' if math.isfinite(loss) else f'the loss {loss}'
+    what = f'Step {step} has {fault}; its batch is: {rows}'
     if skipped <= config.skip_nonfinite:
         report.say(f'{what}. Skipped without an update ({skipped} of at most {config.skip_nonfinite}).')
         return
     checkpoints.wait()
     last = checkpoints.directory / str(checkpoints.steps[-1]) if checkpoints.steps else 'none yet'
-    raise UserError(
-        f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N would go on without up to N such steps.'
-    )
+    raise UserError(f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N goes on without up to N such steps.')
 
 
 def _leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> None:

@@ -1,10 +1,12 @@
 """What a run tells: progress on the terminal, metrics.jsonl, TensorBoard, samples.md and the picture of the loss curve."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from llama2_jax.config import UserError
 from llama2_jax.train.workdir import write_atomically
 
-QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal
+QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal, and between two visits to a slow disk
 
 
 class Meter:
@@ -98,9 +100,8 @@ class Report:
 
     def __exit__(self, *error: object) -> None:
         if self._writes:
-            self._bar.close()
-            self._lines.close()
-            self._board.close()
+            with contextlib.closing(self._bar), contextlib.closing(self._lines), contextlib.closing(self._board):
+                pass  # each is closed, though the one before may find the disk full
 
     def complete(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
         """Waits for the metrics of a step and counts it; returns its line, with 'finite' in it."""
@@ -127,6 +128,12 @@ class Report:
         self._board.write(line)
         self._bar.show(line)
 
+    def flush(self) -> None:
+        """Brings all lines to the disk: to be called before the checkpoint that makes them final."""
+        if self._writes:
+            os.fsync(self._lines.fileno())
+            self._board.flush()
+
     def sample(self, step: int, text: str) -> None:
         """Puts the section of this step at the end of samples.md."""
         path = self._workdir / 'samples.md'
@@ -152,29 +159,38 @@ class TensorBoard:
         if hidden:  # tensorboardX imports it where it is installed: seconds and hundreds of megabytes for nothing
             sys.modules['torch'] = None
         try:
-            from tensorboardX import event_file_writer, summary
+            from tensorboardX import RecordWriter, summary
             from tensorboardX.proto import event_pb2
         finally:
             if hidden:
                 del sys.modules['torch']
         directory.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
-        # The writer without SummaryWriter's thread: that one would swallow the error of a full disk.
-        self._writer = event_file_writer.EventsWriter(str(directory / 'events'))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
+        # Records without SummaryWriter and its thread: that one would swallow the error of a full disk.
+        self._writer = RecordWriter(str(directory / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'))
+        self._flushed = time.monotonic()
+        self._put(file_version='brain.Event:2')
+        self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Every number of a line of metrics as a scalar of its own name."""
         for key, value in line.items():
             if value is not None and key != 'step':
-                summary = self._scalar(key, value, display_name=key)
-                self._writer.write_event(self._event(step=line['step'], wall_time=time.time(), summary=summary))
+                self._put(step=line['step'], summary=self._scalar(key, value, display_name=key))
+        if time.monotonic() - self._flushed > QUIET_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what was written to the disk, which may take a while."""
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Writes what is left."""
         self._writer.close()
+
+    def _put(self, **event: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **event).SerializeToString())
 
 
 class Bar:

@@ -117,17 +117,17 @@ def test_tensorboard_holds_the_same(tmp_path):
 
 
 def test_without_a_terminal_lines_are_few(tmp_path, capfd):
-    with report(tmp_path, steps=2000) as opened:
-        for number in range(1, 2001):
-            opened.write(opened.complete(number, scalars(1.0)) | ({'heldout/loss': 2.5} if number == 500 else {}))
+    with report(tmp_path, steps=400) as opened:
+        for number in range(1, 401):
+            opened.write(opened.complete(number, scalars(1.0)) | ({'heldout/loss': 2.5} if number == 200 else {}))
     err = capfd.readouterr().err
     assert '\r' not in err
     lines = err.splitlines()
-    assert lines[0].startswith('step 1/2000: loss 1.0000, ') and lines[0].endswith(' left')
-    assert lines[-1].startswith('step 2000/2000: loss 1.0000, 00:00 left')
-    assert [line for line in lines if line.startswith('step 500/2000: loss 1.0000, heldout/loss 2.5000')]
+    assert lines[0].startswith('step 1/400: loss 1.0000, ') and lines[0].endswith(' left')
+    assert lines[-1].startswith('step 400/400: loss 1.0000, 00:00 left')
+    assert [line for line in lines if line.startswith('step 200/400: loss 1.0000, heldout/loss 2.5000')]
     assert len(lines) <= 5
-    assert len(json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[499])) == 8
+    assert len(json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[199])) == 8
 
 
 def test_plot_of_nothing_but_nulls(tmp_path):

@@ -53,7 +53,7 @@ def loss_fn(params, batch):
     w_DF = params.w_DF[...]
     if jax.sharding.get_abstract_mesh().shape:
         w_DF = jax.sharding.reshard(w_DF, P())  # the rows are cut over the devices as well
-    return jnp.mean((x @ w_DF + params.b_F[...] - y) ** 2)
+    return jnp.mean((x @ w_DF + params.b_F[...][None] - y) ** 2)
 
 
 def step_fn(state, batch):
@@ -126,12 +126,12 @@ def trace(workdir):
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
-def launch(workdir, options, process=None, devices=1, **popen):
-    """Starts `main` in a process of its own; `process` is (index, count, coordinator's address)."""
-    flags = f'--xla_force_host_platform_device_count={devices}'
+def launch(workdir, options, process=None, devices=None):
+    """Starts `main` in a process of its own, with as many devices; `process` is (index, count, coordinator's address)."""
+    flags = f'--xla_force_host_platform_device_count={devices or jax.device_count()}'
     arguments = [sys.executable, '-W', 'error', __file__, str(workdir), json.dumps(options), *map(str, process or ())]
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
-    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, **popen)
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def kill_in_a_save(workdir):
