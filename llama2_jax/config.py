@@ -70,14 +70,16 @@ def hidden_size(dim: int, multiple_of: int = 256, multiplier: float | None = Non
     return -(-hidden // multiple_of) * multiple_of
 
 
-MODELS: Mapping[str, ModelConfig] = types.MappingProxyType({
-    'tiny': ModelConfig(vocab_size=1024, dim=128, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=352, context=256),
-    'small': ModelConfig(vocab_size=4096, dim=288, layers=6, heads=6, kv_heads=6, head_dim=48, hidden=768, context=256),
-    '7b': ModelConfig(),
-    '13b': ModelConfig(dim=5120, layers=40, heads=40, kv_heads=40, hidden=hidden_size(5120)),
-    '34b': ModelConfig(dim=8192, layers=48, heads=64, kv_heads=8, hidden=hidden_size(8192)),
-    '70b': ModelConfig(dim=8192, layers=80, heads=64, kv_heads=8, hidden=hidden_size(8192, 4096, 1.3)),
-})
+MODELS: Mapping[str, ModelConfig] = types.MappingProxyType(
+    {
+        'tiny': ModelConfig(vocab_size=1024, dim=128, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=352, context=256),
+        'small': ModelConfig(vocab_size=4096, dim=288, layers=6, heads=6, kv_heads=6, head_dim=48, hidden=768, context=256),
+        '7b': ModelConfig(),
+        '13b': ModelConfig(dim=5120, layers=40, heads=40, kv_heads=40, hidden=hidden_size(5120)),
+        '34b': ModelConfig(dim=8192, layers=48, heads=64, kv_heads=8, hidden=hidden_size(8192)),
+        '70b': ModelConfig(dim=8192, layers=80, heads=64, kv_heads=8, hidden=hidden_size(8192, 4096, 1.3)),
+    }
+)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -109,7 +111,8 @@ def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
     value = getattr(config, name)
     if dataclasses.is_dataclass(value):
         if not rest:
-            raise UserError(f'--set {whole} is a section, not a value; its fields: {", ".join(typing.get_type_hints(type(value)))}.')
+            fields = ', '.join(field.name for field in dataclasses.fields(value))
+            raise UserError(f'--set {whole} is a section, not a value; its fields: {fields}.')
         return dataclasses.replace(config, **{name: _set(value, rest, text, whole)})
     if rest:
         raise UserError(f'--set {whole}: {name!r} is a value and has no field {rest[0]!r}.')
@@ -150,7 +153,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(values.keys() - hints.keys()):
         raise UserError(f'{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], hints)}')
-    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing_value = dataclasses.MISSING
+    required = {f.name for f in dataclasses.fields(cls) if f.default is missing_value and f.default_factory is missing_value}
     if missing := sorted(required - values.keys()):
         raise UserError(f'{where}: field {missing[0]!r} is missing.')
     for name, value in values.items():

@@ -23,7 +23,8 @@ DATA_AXES = ('replica', 'fsdp', 'sequence')  # the axes over which tokens differ
 
 # Letter -> mesh axes; the letters are explained in model/llama.py. What is missing raises.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    'N': (), 'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+    'N': (), 'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (),
+    'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
 }  # fmt: skip
 # Parameters at rest: the model dimension is cut over everything that does not cut another letter.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
@@ -68,6 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh with explicit axes over the given devices (default: all there are), laid out for their network."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def set_mesh(config: MeshConfig) -> Mesh:
+    """Makes the mesh of all devices and sets it for the rest of the process."""
+    mesh = make_mesh(config)
+    jax.set_mesh(mesh)
+    return mesh
 
 
 def spec(letters: str, table: Mapping[str, tuple[str, ...]] = ACTIVATIONS) -> P | None:

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
 
@@ -53,12 +54,15 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def start() -> None:
-    """Once per process, before any array: joins the other processes of a pod, where there are any.
+    """Once per process, before any array: joins the other processes of a run, where there are any.
 
-    On a TPU pod `jax.distributed` finds them by itself. Elsewhere set LLAMA2_JAX_COORDINATOR=host:port,
-    LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS in every process.
+    LLAMA2_JAX_COORDINATOR=auto, set on every host of a TPU pod or a Slurm job, lets JAX find them. Elsewhere it is
+    host:port, and LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS tell how many there are and which one this is.
     """
-    if coordinator := os.environ.get('LLAMA2_JAX_COORDINATOR'):
+    coordinator = os.environ.get('LLAMA2_JAX_COORDINATOR')
+    if coordinator == 'auto':
+        jax.distributed.initialize()
+    elif coordinator:
         try:
             count, index = int(os.environ['LLAMA2_JAX_PROCESSES']), int(os.environ['LLAMA2_JAX_PROCESS'])
         except (KeyError, ValueError):
@@ -66,8 +70,6 @@ def start() -> None:
                 'LLAMA2_JAX_COORDINATOR is set, so LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS must be whole numbers.'
             ) from None
         jax.distributed.initialize(coordinator, count, index)
-    elif 'TPU_WORKER_HOSTNAMES' in os.environ and ',' in os.environ['TPU_WORKER_HOSTNAMES']:
-        jax.distributed.initialize()
 
 
 @contextlib.contextmanager
@@ -95,9 +97,4 @@ def say(text: str) -> None:
 def barrier(name: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
-
-
-Main = Callable[[list[str]], None]

@@ -50,7 +50,7 @@ def generate(
         raise UserError(f'Prompt {lengths.index(0)} is empty: begin it with BOS at least.')
     context = model.config.context
     if max(lengths) + max_new_tokens > context:
-        raise UserError(f'A prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed the context of {context} tokens.')
+        raise UserError(f'{max(lengths)} tokens of prompt and {max_new_tokens} new ones exceed the context of {context} tokens.')
     mesh = jax.sharding.get_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     rows = -(-len(prompts) // shards) * shards

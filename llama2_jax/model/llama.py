@@ -2,10 +2,11 @@
 
 One suffix is the name, the einsum, the sharding, the decay rule and the shape test of an array:
 
-  B batch   L length   M key length   D model   H query heads   G key/value heads   K head size   F feed-forward   V vocabulary   N layers
+  B batch   L length   M key length   D model   H query heads   G key/value heads
+  K head size   F feed-forward   V vocabulary   N layers
 
-Parameters rest in float32, cut over the mesh (`mesh.PARAMETERS`); a layer casts its own to the compute dtype and gathers them when
-its turn comes. Norms, softmax, rotations and losses are float32.
+Parameters rest in float32, cut over the mesh (`mesh.PARAMETERS`); a layer casts its own to the compute dtype and gathers them
+when its turn comes. Norms, softmax, rotations and losses are float32.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from llama2_jax.ops.loss import cross_entropy
 from llama2_jax.ops.rope import rope_table, rotate
 
 Remat = Literal['none', 'full', 'attention', 'offload']
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [L, K/2] or [B, L, K/2] float32
 RESIDUAL = 'residual'  # the residual stream between layers, by the name a remat policy offloads it
 
 
@@ -91,19 +93,19 @@ class Block(nnx.Module):
         self.w_up_DF = normal(up, 'w_up_DF', (D, F), D)
         self.w_down_FD = normal(down, 'w_down_FD', (F, D), F, config.layers)
 
-    def __call__(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
         x_BLD = x_BLD + self.attend(rms_norm(x_BLD, self.attention_norm_D[...], self.eps), rope, segments_BL, compute)
         return x_BLD + self.feed_forward(rms_norm(x_BLD, self.ffn_norm_D[...], self.eps))
 
-    def qkv(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x_BLD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, L, H, K], rotated keys and values [B, L, G, K]."""
         q_BLHK = einsum('BLD,DHK->BLHK', x_BLD, self.w_q_DHK)
         k_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_k_DGK)
         v_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_v_DGK)
         return rotate(q_BLHK, *rope), rotate(k_BLGK, *rope), v_BLGK
 
-    def attend(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
+    def attend(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
         """Causal attention over the sequence itself."""
         return self.output(attention(*self.qkv(x_BLD, rope), segments_BL, implementation=compute.attention))
 

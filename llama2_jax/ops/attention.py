@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from llama2_jax.mesh import spec
 
@@ -59,7 +57,8 @@ def attention(
         # A shard holds some queries and, of its heads, every key: over a sequence axis keys and values are gathered.
         k_BMGK, v_BMGK = (jax.sharding.reshard(x, spec('BMGK')) for x in (k_BLGK, v_BLGK))
         segments_BM = None if segments_BL is None else jax.sharding.reshard(segments_BL, spec('BM'))
-        in_specs = (spec('BLHK'), spec('BMGK'), spec('BMGK'), *((None, None) if segments_BL is None else (spec('BL'), spec('BM'))))
+        segment_specs = (None, None) if segments_BL is None else (spec('BL'), spec('BM'))
+        in_specs = (spec('BLHK'), spec('BMGK'), spec('BMGK'), *segment_specs)
         sharded = jax.shard_map(
             partial(kernel, shards=mesh.shape['sequence']), in_specs=in_specs, out_specs=spec('BLHK'), check_vma=False
         )

@@ -33,7 +33,8 @@ def _backward(dtype, vocabulary, tokens_BL, dx_BLD):
     table_spec = parameter_spec('table_VD')
     rows = vocabulary // jax.sharding.get_abstract_mesh().shape['tensor']
     local = partial(_scatter, rows=rows, axes=table_spec[1])
-    return jax.shard_map(local, in_specs=(spec('BL'), spec('BLD')), out_specs=table_spec, check_vma=False)(tokens_BL, dx_BLD), None
+    sharded = jax.shard_map(local, in_specs=(spec('BL'), spec('BLD')), out_specs=table_spec, check_vma=False)
+    return sharded(tokens_BL, dx_BLD), None
 
 
 _embed.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
 """Next-token cross-entropy over a large vocabulary, without the logits.
 
-The whole [B, L, V] would be the largest array of a training step by far. So tokens go through in blocks: each block's logits give
-its loss and, because a sum of losses has gradients that need nothing from later, its gradients at once. Nothing is kept or computed
-twice: a training step multiplies by the head three times (logits, their two gradients), not four.
+The whole [B, L, V] would be the largest array of a training step by far. So tokens go through in blocks: each block's logits
+give its loss and, because a sum of losses has gradients that need nothing from later, its gradients at once. Nothing is kept or
+computed twice: a training step multiplies by the head three times (logits, their two gradients), not four.
 """
 
 from functools import partial
@@ -17,7 +17,9 @@ BLOCK_BYTES = 1 << 27  # of float32 logits alive at once, per device
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(x_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, block: int | None = None) -> jax.Array:
+def cross_entropy(
+    x_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array, block: int | None = None
+) -> jax.Array:
     """Sum over tokens of weight × -log softmax(x · head)[target], float32 nats; divide by the global weight for a mean.
 
     Args:

@@ -1,6 +1,6 @@
 """Rotary position embedding, the halves rotated (Su et al.; paper p5).
 
-Dimension j of a head pairs with j + K/2, as Hugging Face stores it; Meta's files pair 2j with 2j + 1 and are permuted by `convert`.
+Dimension j of a head pairs with j + K/2, as in Hugging Face's files; Meta's pair 2j with 2j + 1, and `convert` permutes them.
 """
 
 import jax

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def sample(logits_BV: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """Draws a token a row: softmax(logits / temperature), cut to its nucleus; temperature 0 takes the best.
 
-    A token is dropped where the probability of those before it exceeds `top_p`, so the one that crosses stays (Meta's rule, recipe J).
+    A token is dropped where the probability before it exceeds `top_p`: the one that crosses stays (Meta's rule, recipe J).
 
     Args:
       logits_BV: float32.

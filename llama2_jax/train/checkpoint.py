@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama2_jax.config import UserError, nearest
-from llama2_jax.train.workdir import barrier, no_space_is_said
+from llama2_jax.runtime import barrier
+from llama2_jax.train.workdir import no_space_is_said
 
 Tree = Any  # a pytree of arrays; an nnx.Module is one
 

@@ -1,0 +1,243 @@
+"""Pretraining: a config, a batch, a loss, and `fit`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.orbax import check_vocabulary, save_model
+from llama2_jax.data.mixing import parse_mixture
+from llama2_jax.data.pretrain import DataConfig, PretrainData
+from llama2_jax.data.sources import read_documents
+from llama2_jax.mesh import BATCH_AXES, MeshConfig, reshard, set_mesh, shard_batch
+from llama2_jax.model.generate import generate
+from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.runtime import barrier, chip_of, is_main_process, say
+from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama2_jax.train.loop import LoopConfig, fit
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from llama2_jax.train.step import Batch, State, init_state, make_step
+from llama2_jax.train.workdir import open_workdir
+
+Evaluate = Callable[[State], dict[str, float]]
+# What a resumed run may change, as no result depends on it beyond rounding.
+MAY_CHANGE = ('mesh', 'loop', 'compute', 'accumulation', 'data.workers', 'data.cache_dir', 'eval_batches', 'prompts')
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining run (paper p5-6; recipe C).
+
+    Attributes:
+      tokenizer: a `tokenizer.model` or a directory that holds one; '' trains one on the mixture, with model.vocab_size pieces.
+      tokens: of the whole run; the last step is filled up.
+      batch_size: sequences in the global batch; the paper's 4M tokens are 1024 of 4096.
+      length: tokens in a sequence.
+      accumulation: microbatches the batch is cut into where memory is short.
+      eval_batches: of held-out text, for each source, at each evaluation; 0: all of it.
+      prompts: continued in samples.md.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig()
+    tokenizer: str = ''
+    tokens: int = 2_000_000_000_000
+    batch_size: int = 1024
+    length: int = 4096
+    accumulation: int = 1
+    seed: int = 0
+    eval_batches: int = 8
+    prompts: tuple[str, ...] = ('Once upon a time',)
+
+    def __post_init__(self) -> None:
+        for name in ('tokens', 'batch_size', 'length', 'accumulation'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        if self.length > self.model.context:
+            raise UserError(f'length={self.length} exceeds model.context={self.model.context}.')
+
+    @property
+    def steps(self) -> int:
+        """Updates in the run."""
+        return -(-self.tokens // (self.batch_size * self.length))
+
+
+def run(config: PretrainConfig, workdir: str) -> State:
+    """Trains, or continues, in `workdir`, and writes `workdir/model`.
+
+    Raises:
+      UserError: any mistake in the config, the data or the workdir.
+    """
+    mesh = set_mesh(config.mesh)
+    check_mesh(config, mesh)
+    path = open_workdir(workdir, config, MAY_CHANGE)
+    tokenizer = open_tokenizer(config, path)
+    data = PretrainData(
+        config.data,
+        tokenizer,
+        length=config.length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        steps=config.steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        barrier=barrier,
+    )
+    say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    compute = config.compute.on(jax.default_backend())
+    abstract, init, step = build(config, compute)
+    chip = chip_of(jax.devices()[0])
+    state = fit(
+        path,
+        config.loop,
+        abstract_state=abstract,
+        init=init,
+        step=step,
+        batches=partial(device_batches, data, mesh),
+        steps=config.steps,
+        describe=data.describe,
+        evaluate=make_evaluate(config, compute, data, mesh),
+        sample=partial(write_samples, config, compute, tokenizer) if mesh.shape['sequence'] == 1 else None,
+        flops_per_step=config.model.flops_per_token(config.length) * config.batch_size * config.length,
+        peak_flops=chip and chip.peak_flops,
+    )
+    save_model(path / 'model', state.params, tokenizer, {'stage': 'pretrain', 'parent': None, 'step': config.steps})
+    say(f'The model is in {path / "model"}.')
+    return state
+
+
+def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[], State], Callable]:
+    """The abstract state, the function that makes the first one, and the jitted step; a mesh must be set."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    def init() -> State:
+        return init_state(Llama(config.model, jax.random.key(config.seed)), optimizer)
+
+    def loss(model: Llama, batch: Batch) -> jax.Array:
+        hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
+        return model.loss(hidden_BLD, batch['targets'], batch['weights'])
+
+    update = make_step(loss, optimizer, schedule(config.optimizer, config.steps), config.accumulation)
+
+    def step(state: State, batch: Batch):
+        return update(state, split(batch, config.data.mask_documents))
+
+    return jax.eval_shape(init), jax.jit(init), jax.jit(step, donate_argnums=0)
+
+
+def split(batch: Batch, mask_documents: bool) -> Batch:
+    """Tokens and segment ids [B, L+1] -> inputs, targets and weights [B, L], and segments where documents are masked.
+
+    >>> split({'tokens': jnp.array([[1, 5, 2, 1, 0]]), 'segment_ids': jnp.array([[1, 1, 1, 2, 0]])}, True)['weights'].tolist()
+    [[1.0, 1.0, 0.0, 0.0]]
+    """
+    inputs, targets = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
+    before, after = batch['segment_ids'][:, :-1], batch['segment_ids'][:, 1:]
+    weights = after > 0
+    if mask_documents:  # the next document's BOS cannot be foretold from this one
+        weights &= before == after
+    parts = {'inputs': inputs, 'targets': targets, 'weights': weights.astype(jnp.float32)}
+    if mask_documents:
+        parts['segments'] = before
+    return {name: reshard(part, 'BL') for name, part in parts.items()}
+
+
+def device_batches(data: PretrainData, mesh: jax.sharding.Mesh, start: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Batches on the mesh, with their record ids on the host."""
+    for batch in data.train(start):
+        yield to_mesh(batch, mesh), batch['record_ids']
+
+
+def to_mesh(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
+    """The arrays that the step reads, cut over the mesh."""
+    return {name: shard_batch(batch[name], mesh) for name in ('tokens', 'segment_ids')}
+
+
+def make_evaluate(config: PretrainConfig, compute: Compute, data: PretrainData, mesh: jax.sharding.Mesh) -> Evaluate | None:
+    """Held-out loss and bits per byte of each source, and their mean under the mixture's weights; None if nothing is held out."""
+    sources = [(index, source) for index, source in enumerate(data.sources) if source.heldout_tokens]
+    if not sources:
+        say('Nothing is held out: the sources are too small.')
+        return None
+
+    @jax.jit
+    def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = split(batch, config.data.mask_documents)
+        hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
+        return model.loss(hidden_BLD, batch['targets'], batch['weights']), batch['weights'].sum()
+
+    def evaluate(state: State) -> dict[str, float]:
+        figures, mean, weight = {}, 0.0, 0.0
+        for index, source in sources:
+            nats = tokens = 0.0
+            for number, batch in enumerate(data.heldout(index), start=1):
+                loss, count = loss_and_tokens(state.params, to_mesh(batch, mesh))
+                nats, tokens = nats + float(loss), tokens + float(count)
+                if number == config.eval_batches:
+                    break
+            figures[f'heldout/{source.name}/loss'] = nats / tokens
+            bytes_a_token = source.heldout_bytes / source.heldout_tokens
+            figures[f'heldout/{source.name}/bits_per_byte'] = nats / tokens / math.log(2) / bytes_a_token
+            mean, weight = mean + source.weight * nats / tokens, weight + source.weight
+        return {'heldout/loss': mean / weight, **figures}
+
+    return evaluate
+
+
+def write_samples(config: PretrainConfig, compute: Compute, tokenizer: Tokenizer, state: State) -> str:
+    """Continuations of the config's prompts, as Markdown."""
+    prompts = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in config.prompts]
+    length = min(128, config.model.context - max(map(len, prompts)))
+    settings = {'eos_id': tokenizer.eos_id, 'temperature': 0.8, 'top_p': 0.95, 'dtype': compute.dtype}
+    rows = generate(state.params, prompts, length, **settings)
+    texts = [tokenizer.decode(prompt + row) for prompt, row in zip(prompts, rows, strict=True)]
+    return '\n\n'.join(f'> {text}'.replace('\n', '\n> ') for text in texts)
+
+
+def check_mesh(config: PretrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises a UserError naming what the mesh does not divide."""
+    rows = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if config.batch_size % (rows * config.accumulation):
+        raise UserError(
+            f'batch_size={config.batch_size} in accumulation={config.accumulation} parts cannot be divided '
+            f'over replica × fsdp = {rows} devices.'
+        )
+    tensor, cuts = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['sequence']
+    divided = {'length': (config.length, mesh.shape['sequence'])} | {
+        f'model.{name}': (getattr(config.model, name), tensor) for name in ('heads', 'kv_heads', 'hidden', 'vocab_size')
+    }
+    for name, (size, parts) in (divided | {'model.dim': (config.model.dim, cuts)}).items():
+        if size % parts:
+            raise UserError(f'{name}={size} cannot be divided over the {parts} devices of {describe_mesh(mesh)}.')
+
+
+def describe_mesh(mesh: jax.sharding.Mesh) -> str:
+    """For people: the mesh and its devices."""
+    return f'mesh {MeshConfig.text(tuple(mesh.shape.values()))} of {mesh.devices.flat[0].device_kind}'
+
+
+def open_tokenizer(config: PretrainConfig, workdir: Path) -> Tokenizer:
+    """The tokenizer that the config names, or one trained on the mixture and kept in the workdir.
+
+    Raises:
+      UserError: its vocabulary is not the model's.
+    """
+    path = Path(config.tokenizer or workdir / 'tokenizer.model')
+    if not config.tokenizer and not path.exists() and is_main_process():
+        say(f'Training a tokenizer of {config.model.vocab_size:,} pieces on {config.data.mixture} …')
+        texts = (text for component in parse_mixture(config.data.mixture) for text in read_documents(component.source))
+        train_tokenizer(texts, path, config.model.vocab_size)
+    barrier('tokenizer')
+    tokenizer = Tokenizer(path)
+    check_vocabulary(tokenizer, config.model)
+    return tokenizer
