@@ -65,7 +65,7 @@ def make_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (mean, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches(batch, accumulation))
 
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -73,7 +73,7 @@ def make_step(
             'loss': mean,
             'tokens': tokens,
             'grad_norm': grad_norm,
-            'update_norm': optax.global_norm(updates),
+            'update_norm': optax.tree.norm(updates),
             'learning_rate': learning_rate(state.step),
             'finite': finite,
         }
