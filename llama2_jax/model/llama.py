@@ -73,7 +73,7 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back to the dtype of x, then scaled (recipe A.3)."""
     x = x_BLD.astype(jnp.float32)
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
+    return x.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None]
 
 
 class Block(nnx.Module):

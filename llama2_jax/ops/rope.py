@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def rope_table(positions: jax.Array, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles: positions [..., L] -> two arrays [..., L, K/2] float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(positions.ndim))
     return jnp.cos(angles), jnp.sin(angles)
 
 
