@@ -45,7 +45,7 @@ def extend(model: Llama, tokens_BL: jax.Array, cache: Cache) -> tuple[jax.Array,
       Hidden states after the final norm, [B, L, D], and the longer cache.
     """
     config = model.config
-    positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])
+    positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])[None]
     rope = rope_table(positions_BL, config.head_dim, config.rope_theta)
 
     def layer(x_BLD, inputs):

@@ -71,7 +71,7 @@ def _run(model, tokens_BL, length_B, key, temperature, top_p, max_new_tokens, eo
     B, L = tokens_BL.shape
     tokens_BL, length_B = reshard(tokens_BL, 'BL'), reshard(length_B, 'B')
     x_BLD, cache = extend(model, tokens_BL, empty_cache(model.config, B, L + max_new_tokens, dtype))
-    is_last_BL = (jnp.arange(L) == length_B[:, None] - 1).astype(x_BLD.dtype)
+    is_last_BL = (jnp.arange(L)[None] == length_B[:, None] - 1).astype(x_BLD.dtype)
     last_BD = jnp.einsum('BLD,BL->BD', x_BLD, is_last_BL, out_sharding=spec('BD'))
 
     def choose(step, x_BD):

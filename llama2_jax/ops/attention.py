@@ -91,8 +91,8 @@ def attention_with_cache(
 def _cached(q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK):
     write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
     k_BMGK, v_BMGK = write(k_BMGK, k_BLGK, start_B), write(v_BMGK, v_BLGK, start_B)
-    places_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])
-    visible_BLM = jnp.arange(k_BMGK.shape[1]) <= places_BL[:, :, None]
+    places_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])[None]
+    visible_BLM = jnp.arange(k_BMGK.shape[1])[None, None] <= places_BL[:, :, None]
     return _attend(q_BLHK, k_BMGK, v_BMGK, visible_BLM), k_BMGK, v_BMGK
 
 
