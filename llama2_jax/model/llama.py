@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama2_jax.config import ModelConfig
-from llama2_jax.mesh import gather, parameter_spec, spec
+from llama2_jax.mesh import gather, parameter_spec, reshard, spec
 from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
 from llama2_jax.ops.loss import cross_entropy
@@ -176,8 +176,9 @@ def positions(tokens_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
     index_L = jnp.arange(tokens_BL.shape[1])
     if segments_BL is None:
         return index_L
-    starts_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index_L - jax.lax.cummax(jnp.where(starts_BL, index_L, 0), axis=1)
+    segments_BM = reshard(segments_BL, 'BM')  # a segment may have begun in another shard of the length
+    starts_BM = jnp.pad(segments_BM[:, 1:] != segments_BM[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return reshard(index_L[None] - jax.lax.cummax(jnp.where(starts_BM, index_L[None], 0), axis=1), 'BL')
 
 
 def rematerialised(layer, remat: Remat):
