@@ -1,0 +1,121 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama2_jax.ops.attention import attention, attention_with_cache, implementation_for
+
+
+def inputs(L, H, G, K, B=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(B, L, heads, K)).astype(np.float32) for heads in (H, G, G)]
+
+
+def value_and_gradients(q, k, v, segments=None, **options):
+    target = np.random.default_rng(9).normal(size=q.shape).astype(np.float32)
+
+    def loss(q, k, v):
+        out = attention(q, k, v, segments, **options)
+        return jnp.sum(out * target), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+def test_reference_by_hand():
+    """Head size 1, keys 0, ln 2, ln 6 and a query of 1 weigh 1 : 2 : 6; the values are 9, 0, 3."""
+    q, k, v = (jnp.array(x).reshape(1, 3, 1, 1) for x in ([1.0, 1, 1], [0, np.log(2), np.log(6)], [9.0, 0, 3]))
+    np.testing.assert_allclose(attention(q, k, v).ravel(), [9, 9 / 3, (9 + 6 * 3) / 9], rtol=1e-6)
+    np.testing.assert_allclose(attention(q, k, v, jnp.array([[1, 2, 2]])).ravel(), [9, 0, 6 * 3 / 8], rtol=1e-6, atol=1e-6)
+
+
+def test_scores_are_divided_by_the_root_of_the_head_size():
+    q, k = jnp.ones((1, 2, 1, 4)), jnp.array([0.0, np.log(3) / 2]).reshape(1, 2, 1, 1).repeat(4, axis=3)
+    v = jnp.array([4.0, 0.0]).reshape(1, 2, 1, 1).repeat(4, axis=3)
+    np.testing.assert_allclose(attention(q, k, v)[0, 1, 0], [1, 1, 1, 1], rtol=1e-6)  # exp(4 × ln(3)/2 / 2) = 3
+
+
+def test_query_head_h_reads_key_head_h_over_group_size():
+    """Values name their key head, so the outputs show who read what."""
+    q, k, _ = inputs(5, 6, 2, 4)
+    v = np.broadcast_to(np.array([10.0, 20.0], np.float32)[None, None, :, None], k.shape)
+    np.testing.assert_allclose(attention(q, k, v)[0, -1, :, 0], [10, 10, 10, 20, 20, 20], rtol=1e-6)
+
+
+def test_causality_by_gradients():
+    """d out[l] / d (k, v)[m] is exactly zero where m > l, or where the segments differ, and nowhere else."""
+    q, k, v = inputs(6, 2, 1, 4, B=1)
+    segments = np.array([[1, 1, 2, 2, 2, 3]])
+    for ids in (None, segments):
+        jacobians = jax.jacobian(lambda k, v, ids=ids: attention(q, k, v, ids).sum((0, 2, 3)), argnums=(0, 1))(k, v)
+        allowed = np.tril(np.ones((6, 6), bool)) & (True if ids is None else segments == segments.T)
+        for jacobian, needed in zip(jacobians, (allowed.sum(1)[:, None] > 1, True), strict=True):
+            seen = np.abs(jacobian).sum((1, 3, 4)) > 0  # a query that sees one key only does not depend on it
+            assert np.array_equal(seen, allowed & needed)
+
+
+@pytest.mark.parametrize('G', [4, 2], ids=['MHA', 'GQA'])
+@pytest.mark.parametrize('segmented', [False, True])
+def test_splash_is_the_reference(G, segmented):
+    arrays = inputs(256, 4, G, 64)
+    segments = np.repeat([[1, 2, 3], [1, 2, 0]], [100, 60, 96], axis=1).astype(np.int32) if segmented else None
+    expected = value_and_gradients(*arrays, segments)
+    found = value_and_gradients(*arrays, segments, implementation='splash', interpret=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_says_which_lengths_it_takes():
+    with pytest.raises(ValueError, match='multiple of 128, not 96'):
+        attention(*inputs(96, 2, 2, 64), implementation='splash', interpret=True)
+
+
+@pytest.mark.parametrize('G', [4, 2], ids=['MHA', 'GQA'])
+@pytest.mark.parametrize('segmented', [False, True])
+def test_cudnn_is_called_for_the_same_thing(G, segmented, monkeypatch):
+    """The call for cuDNN, answered by XLA's implementation of the same function."""
+    real, asked = jax.nn.dot_product_attention, []
+
+    def answered_by_xla(*arguments, implementation, **options):
+        asked.append(implementation)
+        return real(*arguments, implementation='xla', **options)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', answered_by_xla)
+    arrays = inputs(32, 4, G, 16)
+    segments = np.repeat([[1, 2, 3], [1, 2, 0]], [10, 6, 16], axis=1).astype(np.int32) if segmented else None
+    expected = value_and_gradients(*arrays, segments)
+    for ours, theirs in zip(value_and_gradients(*arrays, segments, implementation='cudnn'), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert asked == ['cudnn']
+
+
+def test_kernel_for_each_platform():
+    assert [implementation_for(platform) for platform in ('cpu', 'gpu', 'cuda', 'tpu')] == [
+        'reference',
+        'cudnn',
+        'cudnn',
+        'splash',
+    ]
+
+
+def test_unknown_kernel():
+    with pytest.raises(KeyError, match='fast'):
+        attention(*inputs(4, 2, 2, 8), implementation='fast')
+
+
+def test_cached_pieces_are_the_whole():
+    """Read in pieces, rows of different lengths give what the whole sequence gives; what lies beyond is never read."""
+    q, k, v = inputs(6, 4, 2, 8)
+    whole = attention(q, k, v)
+    extend = jax.jit(partial(attention_with_cache))
+    for row, first in ((0, 3), (1, 2)):
+        keys = values = np.full((1, 9, 2, 8), 1e4, np.float32)
+        start, out = 0, []
+        for size in (first, 1, 5 - first):
+            piece = slice(start, start + size)
+            new, keys, values = extend(*(x[row : row + 1, piece] for x in (q, k, v)), np.array([start], np.int32), keys, values)
+            out.append(new)
+            start += size
+        np.testing.assert_allclose(np.concatenate(out, axis=1)[0], whole[row], rtol=0, atol=1e-5)
