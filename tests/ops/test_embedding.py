@@ -32,7 +32,7 @@ def test_rows_and_their_gradients(mesh):
             value, found = gradient(placed, jnp.asarray(TOKENS), jnp.asarray(weights))
             assert found.sharding == placed.sharding
     else:
-        rows, (value, found) = embed(table, TOKENS, 'float32'), gradient(table, TOKENS, weights)
+        rows, (value, found) = embed(jnp.asarray(table), jnp.asarray(TOKENS), 'float32'), gradient(table, TOKENS, weights)
     assert np.array_equal(rows, table[TOKENS])
     assert abs(float(value) - np.sum(table[TOKENS] * weights)) < 1e-4
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

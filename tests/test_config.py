@@ -1,0 +1,144 @@
+import dataclasses
+import json
+import re
+from typing import Literal
+
+import pytest
+
+from llama2_jax.config import MODELS, ModelConfig, UserError, from_dict, hidden_size, nearest, override, to_json
+from llama2_jax.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    kind: Literal['plain', 'fancy'] = 'plain'
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    steps: int = 10
+    wide: bool = False
+    name: str = ''
+    prompts: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (1,)
+
+
+@pytest.mark.parametrize(
+    ('assignment', 'field', 'value'),
+    [
+        ('steps=12', 'steps', 12),
+        ('steps=-1', 'steps', -1),
+        ('steps=1_000', 'steps', 1000),
+        ('steps=2e6', 'steps', 2_000_000),
+        (' steps = 3 ', 'steps', 3),
+        ('wide=True', 'wide', True),
+        ('wide=0', 'wide', False),
+        ('name=a=b', 'name', 'a=b'),
+        ('name=', 'name', ''),
+        ('prompts=Once upon, Dear', 'prompts', ('Once upon', 'Dear')),
+        ('prompts=', 'prompts', ()),
+        ('sizes=1,2', 'sizes', (1, 2)),
+        ('inner.rate=3e-4', 'inner', Inner(rate=3e-4)),
+        ('inner.rate=1', 'inner', Inner(rate=1.0)),
+        ('inner.kind=fancy', 'inner', Inner(kind='fancy')),
+    ],
+)
+def test_override(assignment, field, value):
+    found = override(Outer(), [assignment])
+    assert found == dataclasses.replace(Outer(), **{field: value})
+    assert type(getattr(found, field)) is type(value)
+
+
+def test_the_last_override_counts():
+    assert override(Outer(), ['steps=1', 'inner.rate=2', 'steps=3']) == Outer(Inner(2.0), 3)
+
+
+@pytest.mark.parametrize(
+    ('assignment', 'message'),
+    [
+        ('steps', "--set 'steps' is not of the form path.to.field=value."),
+        ('stepz=1', "--set stepz: Outer has no field 'stepz'; did you mean 'steps'?"),
+        ('qqq=1', "--set qqq: Outer has no field 'qqq'; valid: inner, name, prompts, sizes, steps, wide."),
+        ('inner.rat=1', "--set inner.rat: Inner has no field 'rat'; did you mean 'rate'?"),
+        ('inner=1', '--set inner is a section, not a value; its fields: rate, kind.'),
+        ('steps.more=1', "--set steps.more: 'steps' is a value and has no field 'more'."),
+        ('steps=1.5', "--set steps=1.5: '1.5' is not of type int."),
+        ('steps=1e-1', "--set steps=1e-1: '1e-1' is not of type int."),
+        ('steps=1e999', "--set steps=1e999: '1e999' is not of type int."),
+        ('steps=', "--set steps=: '' is not of type int."),
+        ('wide=maybe', "--set wide=maybe: 'maybe' is not of type bool."),
+        ('inner.rate=fast', "--set inner.rate=fast: 'fast' is not of type float."),
+        ('inner.kind=fanci', "--set inner.kind=fanci: did you mean 'fancy'?"),
+        ('sizes=1,b', "--set sizes=b: 'b' is not of type int."),
+    ],
+)
+def test_bad_override_is_one_sentence(assignment, message):
+    with pytest.raises(UserError, match=f'^{re.escape(message)}$'):
+        override(Outer(), [assignment])
+
+
+def test_nearest():
+    assert nearest('7B', MODELS) == "did you mean '7b'?"
+    assert nearest('?', ['b', 'a']) == 'valid: a, b.'
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'dim': 0}, 'model.dim must be positive, not 0.'),
+        ({'heads': 6, 'kv_heads': 4}, 'model.heads=6 is not a multiple of model.kv_heads=4.'),
+        ({'head_dim': 7}, 'model.head_dim=7 must be even: RoPE rotates its two halves.'),
+    ],
+)
+def test_impossible_models(values, message):
+    with pytest.raises(UserError, match=f'^{re.escape(message)}$'):
+        dataclasses.replace(ModelConfig(), **values)
+
+
+def test_json_round_trip():
+    config = MODELS['70b']
+    assert from_dict(ModelConfig, json.loads(to_json(config)), 'config.json') == config
+    assert to_json(Inner()) == '{\n  "rate": 0.5,\n  "kind": "plain"\n}\n'
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    count: int
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'count': 1, 'rat': 2}, "f.json: unknown field 'rat'; did you mean 'rate'?"),
+        ({'rate': 2}, "f.json: field 'count' is missing."),
+        ({'count': '1'}, "f.json: field 'count' is '1', not of type int."),
+        ({'count': True}, "f.json: field 'count' is True, not of type int."),
+        ({'count': 1.5}, "f.json: field 'count' is 1.5, not of type int."),
+    ],
+)
+def test_bad_json_is_one_sentence(values, message):
+    with pytest.raises(UserError, match=f'^{re.escape(message)}$'):
+        from_dict(Flat, values, 'f.json')
+    assert from_dict(Flat, {'count': 1, 'rate': 2}, 'f.json') == Flat(1, 2)
+
+
+def test_feed_forward_widths():
+    """Meta's integer rule (recipe A.2): 7B, 13B, 34B, 70B."""
+    assert [hidden_size(4096), hidden_size(5120), hidden_size(8192), hidden_size(8192, 4096, 1.3)] == [11008, 13824, 22016, 28672]
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        (MeshConfig(tensor=3), 'mesh replica=1 × fsdp=-1 × sequence=1 × tensor=3 does not fit 8 devices.'),
+        (MeshConfig(fsdp=4), 'mesh replica=1 × fsdp=4 × sequence=1 × tensor=1 does not fit 8 devices.'),
+        (MeshConfig(tensor=-1), 'mesh replica=1 × fsdp=-1 × sequence=1 × tensor=-1: sizes are positive, and at most one is -1.'),
+        (MeshConfig(tensor=0), 'mesh replica=1 × fsdp=-1 × sequence=1 × tensor=0: sizes are positive, and at most one is -1.'),
+    ],
+)
+def test_meshes_that_do_not_fit(config, message):
+    with pytest.raises(UserError, match=f'^{re.escape(message)}$'):
+        config.sizes(8)
