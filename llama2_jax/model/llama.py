@@ -19,9 +19,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llama2_jax.config import ModelConfig
-from llama2_jax.mesh import gather, parameter_spec, reshard, spec
+from llama2_jax.mesh import parameter_spec, reshard
 from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
+from llama2_jax.ops.linear import linear
 from llama2_jax.ops.loss import cross_entropy
 from llama2_jax.ops.rope import rope_table, rotate
 
@@ -100,9 +101,9 @@ class Block(nnx.Module):
 
     def qkv(self, x_BLD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, L, H, K], rotated keys and values [B, L, G, K]."""
-        q_BLHK = einsum('BLD,DHK->BLHK', x_BLD, self.w_q_DHK)
-        k_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_k_DGK)
-        v_BLGK = einsum('BLD,DGK->BLGK', x_BLD, self.w_v_DGK)
+        q_BLHK = linear('BLD,DHK->BLHK', x_BLD, self.w_q_DHK[...])
+        k_BLGK = linear('BLD,DGK->BLGK', x_BLD, self.w_k_DGK[...])
+        v_BLGK = linear('BLD,DGK->BLGK', x_BLD, self.w_v_DGK[...])
         return rotate(q_BLHK, *rope), rotate(k_BLGK, *rope), v_BLGK
 
     def attend(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
@@ -111,19 +112,13 @@ class Block(nnx.Module):
 
     def output(self, out_BLHK: jax.Array) -> jax.Array:
         """What the heads found, back to [B, L, D]."""
-        return einsum('BLHK,HKD->BLD', out_BLHK, self.w_o_HKD)
+        return linear('BLHK,HKD->BLD', out_BLHK, self.w_o_HKD[...])
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
-        gate_BLF = einsum('BLD,DF->BLF', x_BLD, self.w_gate_DF)
-        up_BLF = einsum('BLD,DF->BLF', x_BLD, self.w_up_DF)
-        return einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_FD)
-
-
-def einsum(expression: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """Activations times a parameter at rest, in the dtype of the activations; the expression's letters place both."""
-    letters, out = expression.partition(',')[2].split('->')
-    return jnp.einsum(expression, x, gather(weight[...].astype(x.dtype), letters), out_sharding=spec(out))
+        gate_BLF = linear('BLD,DF->BLF', x_BLD, self.w_gate_DF[...])
+        up_BLF = linear('BLD,DF->BLF', x_BLD, self.w_up_DF[...])
+        return linear('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_FD[...])
 
 
 class Llama(nnx.Module):
@@ -160,7 +155,7 @@ class Llama(nnx.Module):
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Scores of every next token, [B, L, V] float32: for looking and for sampling; training uses `loss`."""
-        return einsum('BLD,DV->BLV', x_BLD, self.head_DV).astype(jnp.float32)
+        return linear('BLD,DV->BLV', x_BLD, self.head_DV[...]).astype(jnp.float32)
 
     def loss(self, x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
         """Weighted sum of the next-token losses, nats (see `ops.loss`)."""
