@@ -73,7 +73,7 @@ def hidden_size(dim: int, multiple_of: int = 256, multiplier: float | None = Non
 MODELS: Mapping[str, ModelConfig] = types.MappingProxyType(
     {
         'tiny': ModelConfig(vocab_size=1024, dim=128, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=352, context=256),
-        'small': ModelConfig(vocab_size=4096, dim=288, layers=6, heads=6, kv_heads=6, head_dim=48, hidden=768, context=256),
+        'small': ModelConfig(vocab_size=4096, dim=192, layers=6, heads=6, kv_heads=2, head_dim=32, hidden=512, context=256),
         '7b': ModelConfig(),
         '13b': ModelConfig(dim=5120, layers=40, heads=40, kv_heads=40, hidden=hidden_size(5120)),
         '34b': ModelConfig(dim=8192, layers=48, heads=64, kv_heads=8, hidden=hidden_size(8192)),
