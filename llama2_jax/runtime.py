@@ -78,6 +78,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if jax.distributed.is_initialized():  # the others may wait for this process, and its farewell would wait for them
+            print(f'Error: {error}', file=sys.stderr, flush=True)
+            os._exit(1)
         sys.exit(f'Error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)

@@ -27,10 +27,10 @@ from llama2_jax.train.optimizer import OptimizerConfig
 WALL_CLOCK = {'tokens_per_second', 'tflops', 'mfu', 'seconds'}
 
 
-def config(text, cache, steps=24, workers=0):
+def config(text, cache, steps=24, workers=0, vocab_size=384):
     """A model of some thousand parameters; the text gives its tokenizer and its tokens."""
     return PretrainConfig(
-        model=ModelConfig(vocab_size=300, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=32),
+        model=ModelConfig(vocab_size=vocab_size, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=32),
         data=DataConfig(mixture=f'text:{text}', cache_dir=cache, heldout=0.1, workers=workers),
         optimizer=OptimizerConfig(peak_lr=0.01, warmup_steps=2),
         loop=LoopConfig(log_every=1, eval_every=8, sample_every=0, checkpoint_every=4),
@@ -75,7 +75,8 @@ def final(workdir):
 
 def launch(workdir, devices, kill=None, **options):
     """Starts this program in a process with so many devices."""
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    # Compiled in half the time, to code that is slow.
+    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags} | options.pop('environment', {})
     arguments = [sys.executable, __file__, str(workdir), json.dumps(options), json.dumps(kill)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -83,20 +84,22 @@ def launch(workdir, devices, kill=None, **options):
 
 def finish(*processes, code=0):
     """Waits for all, and sees that each ended with the exit code."""
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [code] * len(processes), '\n'.join(errors)
 
 
-def launch_several(workdir, processes, devices, **options):
+def launch_several(workdir, processes, devices, environment=None, **options):
     """Starts the processes of one run, each with so many devices."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
-    several = {'LLAMA2_JAX_COORDINATOR': address, 'LLAMA2_JAX_PROCESSES': str(processes)}
-    return [
-        launch(workdir, devices, environment=several | {'LLAMA2_JAX_PROCESS': str(index)}, **options)
-        for index in range(processes)
-    ]
+    common = (environment or {}) | {'LLAMA2_JAX_COORDINATOR': address, 'LLAMA2_JAX_PROCESSES': str(processes)}
+    each = [common | {'LLAMA2_JAX_PROCESS': str(index)} for index in range(processes)]
+    return [launch(workdir, devices, environment=variables, **options) for variables in each]
 
 
 def kill_self(workdir, step, pause):

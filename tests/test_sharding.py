@@ -169,6 +169,7 @@ def test_padding_never_counts(mask_documents):
     one = batch(0)
     other = one | {'tokens': np.where(one['segment_ids'] == 0, 63 - one['tokens'], one['tokens'])}
     step = compiled(step, first_state(), one)
+    step = compiled(step, first_state(), one)
     results = [step(jax.tree.map(jnp.asarray, first_state()), arrays) for arrays in (one, other)]
     assert not np.array_equal(one['tokens'], other['tokens'])
     assert float(results[0][1]['tokens']) == program.trained(one['segment_ids'], mask_documents)
@@ -204,3 +205,33 @@ def test_splash_on_a_mesh(mesh, segmented):
     for found in (result, reference):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), found[1], expected[1])
         np.testing.assert_allclose(found[0][1], expected[0][1], rtol=0, atol=1e-5)
+
+
+def test_two_processes_are_one(tmp_path):
+    """The whole stage on a small text: two processes of four devices, and one of eight."""
+    text, cache = program.write_text(tmp_path / 'text.txt'), str(tmp_path / 'cache')
+    options = {'text': text, 'cache': cache, 'steps': 6}
+    program.finish(*program.launch_several(tmp_path / 'two', 2, 4, **options))
+    program.finish(program.launch(tmp_path / 'one', 8, **options))
+    one, two = program.trace(tmp_path / 'one'), program.trace(tmp_path / 'two')
+    assert len(one) == len(two) == 6
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for ours, theirs in zip(program.final(tmp_path / 'two'), program.final(tmp_path / 'one'), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_mistake_that_one_process_meets_ends_all(tmp_path):
+    """Process 0 alone trains the tokenizer, with too few pieces, while the other waits for it."""
+    options = {'text': program.write_text(tmp_path / 'text.txt'), 'cache': str(tmp_path / 'cache'), 'vocab_size': 300}
+    first, second = program.launch_several(tmp_path / 'run', 2, 1, **options)
+    try:
+        _, error = first.communicate(timeout=60)
+        assert first.returncode == 1
+        assert (
+            error.splitlines()[-1] == 'Error: A vocabulary of 300 is too small: the bytes and characters of this text need 322.'
+        )
+        second.communicate(timeout=60)
+        assert second.returncode != 0
+    finally:
+        second.kill()

@@ -1,0 +1,55 @@
+"""The pretraining stage killed at any moment and run again gives, bit for bit, what it gives undisturbed."""
+
+import random
+import signal
+
+import numpy as np
+import program
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def same(workdir, expected):
+    assert program.trace(workdir) == program.trace(expected)
+    for ours, theirs in zip(program.final(workdir), program.final(expected), strict=True):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+@pytest.fixture(scope='module')
+def options(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('data')
+    # Compiled once for all processes.
+    environment = {'JAX_COMPILATION_CACHE_DIR': str(directory / 'jit'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+    return {'text': program.write_text(directory / 'text.txt'), 'cache': str(directory / 'cache'), 'environment': environment}
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory, options):
+    """24 steps undisturbed, on one device; a checkpoint every 4."""
+    workdir = tmp_path_factory.mktemp('straight')
+    program.finish(program.launch(workdir, 1, **options))
+    assert [line['step'] for line in program.trace(workdir)] == list(range(1, 25))
+    return workdir
+
+
+def test_killed_five_times(straight, options, tmp_path):
+    """SIGKILL in the first save after steps 3 and 11, at random moments after 6, 14 and 19; then with two data workers."""
+    dice = random.Random(0)
+    kills = [(3, None), (6, dice.uniform(0, 0.1)), (11, None), (14, dice.uniform(0, 0.1)), (19, dice.uniform(0, 0.1))]
+    for kill in kills:
+        program.finish(program.launch(tmp_path, 1, kill=kill, **options), code=-signal.SIGKILL)
+        assert not (tmp_path / 'final.npz').exists()
+    program.finish(program.launch(tmp_path, 1, workers=2, **options))
+    same(tmp_path, straight)
+
+
+def test_continued_by_another_number_of_processes(options, tmp_path):
+    """Two processes with a device each begin and are killed; one with two devices goes on."""
+    program.finish(program.launch(tmp_path / 'one', 2, **options))
+    program.finish(*program.launch_several(tmp_path / 'two', 2, 1, kill=(10, 0.0), **options), code=-signal.SIGKILL)
+    program.finish(program.launch(tmp_path / 'two', 2, **options))
+    same(tmp_path / 'two', tmp_path / 'one')
+    program.finish(program.launch(tmp_path / 'back', 2, kill=(10, 0.0), **options), code=-signal.SIGKILL)
+    program.finish(*program.launch_several(tmp_path / 'back', 2, 1, workers=2, **options))
+    same(tmp_path / 'back', tmp_path / 'one')
