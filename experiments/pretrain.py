@@ -7,6 +7,7 @@ from common import stage
 
 from llama2_jax.config import MODELS
 from llama2_jax.data.pretrain import DataConfig
+from llama2_jax.model.llama import Compute
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
 from llama2_jax.train.loop import LoopConfig
@@ -56,7 +57,66 @@ def small() -> PretrainConfig:
     )
 
 
-PRESETS = {'tiny': tiny, 'small': small}
+def llama2_7b() -> PretrainConfig:
+    """LLaMA 2 7B on 2T tokens, as the paper trained it (p5-6).
+
+    python experiments/pretrain.py --config=llama2_7b --set tokenizer=tokenizer.model --set 'data.mixture=…' --workdir=/mnt/run
+
+    v5e:16x16, v5p:4x4x4 or more. The paper: 184,320 A100 hours, final training loss 1.75 on Meta's mixture.
+    """
+    return llama2('7b', peak_lr=3e-4)
+
+
+def llama2_13b() -> PretrainConfig:
+    """LLaMA 2 13B on 2T tokens.
+
+    python experiments/pretrain.py --config=llama2_13b --set tokenizer=tokenizer.model --set 'data.mixture=…' --workdir=/mnt/run
+
+    v5p:4x8x8. The paper: 368,640 A100 hours, final training loss 1.67.
+    """
+    return llama2('13b', peak_lr=3e-4)
+
+
+def llama2_34b() -> PretrainConfig:
+    """LLaMA 2 34B on 2T tokens.
+
+    python experiments/pretrain.py --config=llama2_34b --set tokenizer=tokenizer.model --set 'data.mixture=…' --workdir=/mnt/run
+
+    v5p:4x8x8. The paper: 1,038,336 A100 hours, final training loss 1.57.
+    """
+    return llama2('34b', peak_lr=1.5e-4)
+
+
+def llama2_70b() -> PretrainConfig:
+    """LLaMA 2 70B on 2T tokens.
+
+    python experiments/pretrain.py --config=llama2_70b --set tokenizer=tokenizer.model --set 'data.mixture=…' --workdir=/mnt/run
+
+    v5p:8x8x8, v5p:4x8x8. The paper: 1,720,320 A100 hours, final training loss 1.50.
+    """
+    return llama2('70b', peak_lr=1.5e-4)
+
+
+def llama2(size: str, peak_lr: float) -> PretrainConfig:
+    """What the four sizes share: everything but the shape and the learning rate (p6 Table 1)."""
+    return PretrainConfig(
+        model=MODELS[size],
+        data=DataConfig(mixture=LLAMA1_MIXTURE),
+        optimizer=OptimizerConfig(peak_lr=peak_lr),
+        compute=Compute(remat='full'),
+        loop=LoopConfig(eval_every=1000, sample_every=5000, checkpoint_every=1000, keep_every=25_000),
+        tokenizer='tokenizer.model',
+    )
+
+
+PRESETS = {
+    'tiny': tiny,
+    'small': small,
+    'llama2_7b': llama2_7b,
+    'llama2_13b': llama2_13b,
+    'llama2_34b': llama2_34b,
+    'llama2_70b': llama2_70b,
+}
 
 if __name__ == '__main__':
     stage(PRESETS, pretrain.run)

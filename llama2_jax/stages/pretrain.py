@@ -80,8 +80,11 @@ def run(config: PretrainConfig, workdir: str) -> State:
     """
     mesh = set_mesh(config.mesh)
     check_mesh(config, mesh)
-    path = open_workdir(workdir, config, MAY_CHANGE)
-    tokenizer = open_tokenizer(config, path)
+    # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
+    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    tokenizer = open_tokenizer(config, path, keep=started)
     data = PretrainData(
         config.data,
         tokenizer,
@@ -226,14 +229,14 @@ def describe_mesh(mesh: jax.sharding.Mesh) -> str:
     return f'mesh {MeshConfig.text(tuple(mesh.shape.values()))} of {mesh.devices.flat[0].device_kind}'
 
 
-def open_tokenizer(config: PretrainConfig, workdir: Path) -> Tokenizer:
-    """The tokenizer that the config names, or one trained on the mixture and kept in the workdir.
+def open_tokenizer(config: PretrainConfig, workdir: Path, keep: bool) -> Tokenizer:
+    """The tokenizer that the config names, or else the one in the workdir if it is to be kept, or else one trained on the mixture.
 
     Raises:
       UserError: its vocabulary is not the model's.
     """
     path = Path(config.tokenizer or workdir / 'tokenizer.model')
-    if not config.tokenizer and not path.exists() and is_main_process():
+    if not config.tokenizer and not (keep and path.exists()) and is_main_process():
         say(f'Training a tokenizer of {config.model.vocab_size:,} pieces on {config.data.mixture} …')
         texts = (text for component in parse_mixture(config.data.mixture) for text in read_documents(component.source))
         train_tokenizer(texts, path, config.model.vocab_size)
