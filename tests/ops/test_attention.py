@@ -45,14 +45,14 @@ def test_query_head_h_reads_key_head_h_over_group_size():
 
 
 def test_causality_by_gradients():
-    """d out[l] / d (k, v)[m] is exactly zero where m > l, or where the segments differ, and nowhere else."""
+    """d out[l] / d (k, v)[m] is zero where m > l, or where the segments differ, and nowhere else."""
     q, k, v = inputs(6, 2, 1, 4, B=1)
     segments = np.array([[1, 1, 2, 2, 2, 3]])
     for ids in (None, segments):
         jacobians = jax.jacobian(lambda k, v, ids=ids: attention(q, k, v, ids).sum((0, 2, 3)), argnums=(0, 1))(k, v)
         allowed = np.tril(np.ones((6, 6), bool)) & (True if ids is None else segments == segments.T)
         for jacobian, needed in zip(jacobians, (allowed.sum(1)[:, None] > 1, True), strict=True):
-            seen = np.abs(jacobian).sum((1, 3, 4)) > 0  # a query that sees one key only does not depend on it
+            seen = np.abs(jacobian).sum((1, 3, 4)) > 1e-6  # a query that sees one key only does not depend on it
             assert np.array_equal(seen, allowed & needed)
 
 
