@@ -7,21 +7,14 @@ from common import stage
 
 from llama2_jax.config import MODELS
 from llama2_jax.data.pretrain import DataConfig
+from llama2_jax.data.toy import GENRES
 from llama2_jax.model.llama import Compute
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
-
-TOY_GENRES = 'biographies guides diaries letters dialogues stories numbers lessons web'.split()
-# LLaMA 1's mixture, the only one Meta has published (recipe C.1); put your own copies in data/.
-LLAMA1_MIXTURE = ', '.join(
-    f'arrayrecord:data/{name}/*.arrayrecord:{percent}'
-    for name, percent in [
-        ('commoncrawl', 67.0), ('c4', 15.0), ('github', 4.5), ('wikipedia', 4.5), ('books', 4.5), ('arxiv', 2.5), ('stackexchange', 2.0),
-    ]
-)  # fmt: skip
+LLAMA1_SHARES = {'commoncrawl': 67, 'c4': 15, 'github': 4.5, 'wikipedia': 4.5, 'books': 4.5, 'arxiv': 2.5, 'stackexchange': 2}
 
 
 def tiny() -> PretrainConfig:
@@ -31,7 +24,7 @@ def tiny() -> PretrainConfig:
     """
     return PretrainConfig(
         model=MODELS['tiny'],
-        data=DataConfig(mixture=', '.join(f'toy:{genre}' for genre in TOY_GENRES)),
+        data=DataConfig(mixture=', '.join(f'toy:{genre}' for genre in GENRES)),
         optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
         loop=LoopConfig(eval_every=100, sample_every=200, checkpoint_every=200),
         tokens=3_000_000,
@@ -98,10 +91,14 @@ def llama2_70b() -> PretrainConfig:
 
 
 def llama2(size: str, peak_lr: float) -> PretrainConfig:
-    """What the four sizes share: everything but the shape and the learning rate (p6 Table 1)."""
+    """What the four sizes share: everything but the shape and the learning rate (p6 Table 1).
+
+    The mixture is LLaMA 1's, the only one that Meta has published (recipe C.1); put your own copies in data/.
+    """
+    mixture = ', '.join(f'arrayrecord:data/{name}/*.arrayrecord:{percent}' for name, percent in LLAMA1_SHARES.items())
     return PretrainConfig(
         model=MODELS[size],
-        data=DataConfig(mixture=LLAMA1_MIXTURE),
+        data=DataConfig(mixture=mixture),
         optimizer=OptimizerConfig(peak_lr=peak_lr),
         compute=Compute(remat='full'),
         loop=LoopConfig(eval_every=1000, sample_every=5000, checkpoint_every=1000, keep_every=25_000),

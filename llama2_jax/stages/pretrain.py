@@ -230,7 +230,7 @@ def describe_mesh(mesh: jax.sharding.Mesh) -> str:
 
 
 def open_tokenizer(config: PretrainConfig, workdir: Path, keep: bool) -> Tokenizer:
-    """The tokenizer that the config names, or else the one in the workdir if it is to be kept, or else one trained on the mixture.
+    """The tokenizer that the config names; else the one in the workdir, if it is to be kept; else one trained on the mixture.
 
     Raises:
       UserError: its vocabulary is not the model's.
