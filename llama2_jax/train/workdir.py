@@ -27,6 +27,8 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
       UserError: the directory holds a run of another configuration (the first differing field and both values are
         named), its config.json is damaged, or it cannot be written.
     """
+    if '://' in str(workdir):
+        raise UserError(f'--workdir={workdir}: a bucket must be mounted (with gcsfuse, say) and given as a path.')
     workdir = Path(workdir).absolute()
     path = workdir / 'config.json'
     text = config_lib.to_json(config)
