@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llama2_jax.config import ModelConfig
+from llama2_jax.config import ModelConfig, UserError, nearest
 from llama2_jax.mesh import parameter_spec, reshard
 from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
@@ -26,9 +26,9 @@ from llama2_jax.ops.linear import linear
 from llama2_jax.ops.loss import cross_entropy
 from llama2_jax.ops.rope import rope_table, rotate
 
-Remat = Literal['none', 'full', 'attention', 'offload']
+# What a layer can keep for its backward pass besides its input, by the names given to `checkpoint_name`.
+KEPT = ('q', 'k', 'v', ATTENTION_OUTPUT, 'gate', 'up')
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [L, K/2] or [B, L, K/2] float32
-RESIDUAL = 'residual'  # the residual stream between layers, by the name a remat policy offloads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,22 @@ class Compute:
 
     Attributes:
       dtype: of activations and of parameters in use; auto: float32 on CPU, bfloat16 elsewhere.
-      remat: what the backward pass recomputes. none: nothing; full: each layer from its input; attention: that, but the
-        attention output is kept; offload: as full, and the layers' inputs wait in host memory.
+      remat: what a layer keeps for its backward pass besides its input; the rest is computed again. none: everything is
+        kept; full: nothing; or names of KEPT joined by '+', such as 'k+v+attention'; offload: q, k and v, in host memory.
       attention: the kernel; auto: the platform's.
     """
 
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
-    remat: Remat = 'none'
+    remat: str = 'none'
     attention: Literal['auto', 'reference', 'splash', 'cudnn'] = 'auto'
+
+    def __post_init__(self) -> None:
+        if self.remat not in ('none', 'full', 'offload'):
+            for name in self.remat.split('+'):
+                if name not in KEPT:
+                    raise UserError(
+                        f'remat {self.remat!r} is not none, full, offload or names joined by +; {nearest(name, KEPT)}'
+                    )
 
     def on(self, platform: str) -> 'Compute':
         """With nothing left to choose, for 'cpu', 'gpu' or 'tpu'."""
@@ -88,11 +96,11 @@ class Block(nnx.Module):
         self.w_q_DHK = normal(q, 'w_q_DHK', (D, H, K), D)
         self.w_k_DGK = normal(k, 'w_k_DGK', (D, G, K), D)
         self.w_v_DGK = normal(v, 'w_v_DGK', (D, G, K), D)
-        self.w_o_HKD = normal(o, 'w_o_HKD', (H, K, D), H * K, config.layers)
+        self.w_o_DHK = normal(o, 'w_o_DHK', (D, H, K), H * K, config.layers)
         self.ffn_norm_D = ones(D)
         self.w_gate_DF = normal(gate, 'w_gate_DF', (D, F), D)
         self.w_up_DF = normal(up, 'w_up_DF', (D, F), D)
-        self.w_down_FD = normal(down, 'w_down_FD', (F, D), F, config.layers)
+        self.w_down_DF = normal(down, 'w_down_DF', (D, F), F, config.layers)
 
     def __call__(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
@@ -104,7 +112,11 @@ class Block(nnx.Module):
         q_BLHK = linear('BLD,DHK->BLHK', x_BLD, self.w_q_DHK[...])
         k_BLGK = linear('BLD,DGK->BLGK', x_BLD, self.w_k_DGK[...])
         v_BLGK = linear('BLD,DGK->BLGK', x_BLD, self.w_v_DGK[...])
-        return rotate(q_BLHK, *rope), rotate(k_BLGK, *rope), v_BLGK
+        return (
+            checkpoint_name(rotate(q_BLHK, *rope), 'q'),
+            checkpoint_name(rotate(k_BLGK, *rope), 'k'),
+            checkpoint_name(v_BLGK, 'v'),
+        )
 
     def attend(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
         """Causal attention over the sequence itself."""
@@ -112,13 +124,13 @@ class Block(nnx.Module):
 
     def output(self, out_BLHK: jax.Array) -> jax.Array:
         """What the heads found, back to [B, L, D]."""
-        return linear('BLHK,HKD->BLD', out_BLHK, self.w_o_HKD[...])
+        return linear('BLHK,DHK->BLD', out_BLHK, self.w_o_DHK[...])
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
-        gate_BLF = linear('BLD,DF->BLF', x_BLD, self.w_gate_DF[...])
-        up_BLF = linear('BLD,DF->BLF', x_BLD, self.w_up_DF[...])
-        return linear('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_FD[...])
+        gate_BLF = checkpoint_name(linear('BLD,DF->BLF', x_BLD, self.w_gate_DF[...]), 'gate')
+        up_BLF = checkpoint_name(linear('BLD,DF->BLF', x_BLD, self.w_up_DF[...]), 'up')
+        return linear('BLF,DF->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_DF[...])
 
 
 class Llama(nnx.Module):
@@ -147,7 +159,7 @@ class Llama(nnx.Module):
         rope = rope_table(positions(tokens_BL, segments_BL), self.config.head_dim, self.config.rope_theta)
 
         def layer(x_BLD, block):
-            return checkpoint_name(block(x_BLD, rope, segments_BL, compute), RESIDUAL), None
+            return block(x_BLD, rope, segments_BL, compute), None
 
         x_BLD = embed(self.table_VD[...], tokens_BL, compute.dtype)
         x_BLD, _ = jax.lax.scan(rematerialised(layer, compute.remat), x_BLD, self.blocks)
@@ -176,16 +188,15 @@ def positions(tokens_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
     return reshard(index_L[None] - jax.lax.cummax(jnp.where(starts_BM, index_L[None], 0), axis=1), 'BL')
 
 
-def rematerialised(layer, remat: Remat):
-    """The layer under `jax.checkpoint` with the policy of that name."""
+def rematerialised(layer, remat: str):
+    """The layer under `jax.checkpoint`, keeping what `remat` names."""
     policies = jax.checkpoint_policies
     if remat == 'none':
         return layer
-    policy = {
-        'full': policies.nothing_saveable,
-        'attention': policies.save_only_these_names(ATTENTION_OUTPUT),
-        'offload': policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[RESIDUAL], offload_src='device', offload_dst='pinned_host'
-        ),
-    }[remat]
+    if remat == 'offload':
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list('qkv'), offload_src='device', offload_dst='pinned_host'
+        )
+    else:
+        policy = policies.save_only_these_names(*([] if remat == 'full' else remat.split('+')))
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from llama2_jax.mesh import spec
 
 Implementation = Literal['reference', 'splash', 'cudnn']
-ATTENTION_OUTPUT = 'attention_output'  # the name under which a remat policy saves it
+ATTENTION_OUTPUT = 'attention'  # the name under which a remat policy saves it
 
 
 def implementation_for(platform: str) -> Implementation:
@@ -63,7 +63,7 @@ def attention(
             partial(kernel, shards=mesh.shape['sequence']), in_specs=in_specs, out_specs=spec('BLHK'), check_vma=False
         )
         out = sharded(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM)
-    return checkpoint_name(out, ATTENTION_OUTPUT)
+    return out if implementation == 'splash' else checkpoint_name(out, ATTENTION_OUTPUT)  # splash names its own
 
 
 def attention_with_cache(

@@ -59,4 +59,5 @@ def _scatter(tokens_BL, dx_BLD, *, rows, axes):
     gradient_VD = jnp.zeros((rows, dx_BLD.shape[-1]), jnp.float32).at[ids_BL].add(dx_BLD.astype(jnp.float32), mode='drop')
     if axes is None:
         return gradient_VD
-    return jax.lax.psum_scatter(jax.lax.psum(gradient_VD, 'replica'), axes, scatter_dimension=1, tiled=True)
+    gradient_VD = jax.lax.psum(gradient_VD.astype(dx_BLD.dtype), 'replica')
+    return jax.lax.psum_scatter(gradient_VD, axes, scatter_dimension=1, tiled=True).astype(jnp.float32)

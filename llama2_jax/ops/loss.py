@@ -99,5 +99,8 @@ def _local(x_BLD, head_DV, targets_BL, weights_BL, *, with_gradients, block, axe
         return loss
     dx_BLD = tensor_sum(dx_TD.reshape(blocks * block, -1)[:T]).reshape(x_BLD.shape)
     if axes is not None:
-        dhead_DV = jax.lax.psum_scatter(jax.lax.psum(dhead_DV, 'replica'), axes, scatter_dimension=0, tiled=True)
+        dhead_DV = jax.lax.psum(
+            dhead_DV.astype(x_TD.dtype), 'replica'
+        )  # added up over devices in the compute dtype, like all gradients
+        dhead_DV = jax.lax.psum_scatter(dhead_DV, axes, scatter_dimension=0, tiled=True).astype(jnp.float32)
     return loss, dx_BLD, dhead_DV
