@@ -95,15 +95,17 @@ def override(config: T, assignments: Iterable[str]) -> T:
     Raises:
       UserError: for an unknown path (with the nearest valid name), a section given a value, or a value of another type.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition('=')
         if not equals:
             raise UserError(f'--set {assignment!r} is not of the form path.to.field=value.')
-        config = _set(config, path.strip().split('.'), text.strip(), path.strip())
-    return config
+        _note(config, path.strip().split('.'), text.strip(), path.strip(), changes)
+    return _replace(config, changes)
 
 
-def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
+def _note(config: Any, path: list[str], text: str, whole: str, changes: dict[str, Any]) -> None:
+    """Puts a parsed value into `changes`, a tree like the config's; the last of several for one field counts."""
     hints = typing.get_type_hints(type(config))
     name, rest = path[0], path[1:]
     if name not in hints:
@@ -113,10 +115,17 @@ def _set(config: Any, path: list[str], text: str, whole: str) -> Any:
         if not rest:
             fields = ', '.join(field.name for field in dataclasses.fields(value))
             raise UserError(f'--set {whole} is a section, not a value; its fields: {fields}.')
-        return dataclasses.replace(config, **{name: _set(value, rest, text, whole)})
-    if rest:
+        _note(value, rest, text, whole, changes.setdefault(name, {}))
+    elif rest:
         raise UserError(f'--set {whole}: {name!r} is a value and has no field {rest[0]!r}.')
-    return dataclasses.replace(config, **{name: _parse(text, hints[name], whole)})
+    else:
+        changes[name] = _parse(text, hints[name], whole)
+
+
+def _replace(config: T, changes: dict[str, Any]) -> T:
+    """All changes at once: what the fields demand of each other is checked when all have their values."""
+    new = {name: _replace(getattr(config, name), value) if isinstance(value, dict) else value for name, value in changes.items()}
+    return dataclasses.replace(config, **new)
 
 
 def _parse(text: str, hint: Any, path: str) -> Any:

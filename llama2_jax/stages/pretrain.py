@@ -65,6 +65,7 @@ class PretrainConfig:
                 raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
         if self.length > self.model.context:
             raise UserError(f'length={self.length} exceeds model.context={self.model.context}.')
+        schedule(self.optimizer, self.steps)  # which says if the warm-up takes the whole run
 
     @property
     def steps(self) -> int:
