@@ -22,6 +22,7 @@ class Chip:
       bandwidth: bytes/s of device memory.
       link: bytes/s of one network link, one way; 0 where a step time is not predicted.
       torus: dimensions of that network.
+      clock: Hz of the matrix units.
     """
 
     name: str
@@ -30,18 +31,19 @@ class Chip:
     bandwidth: float = 0
     link: float = 0
     torus: int = 0
+    clock: float = 0
 
 
 # By the device kind that JAX reports.
 CHIPS = {
     'TPU v3': Chip('v3', 123e12, 32e9, 9.0e11),
-    'TPU v4': Chip('v4', 275e12, 32 * 2**30, 1.2e12, 4.5e10, 3),
-    'TPU v5 lite': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2),
-    'TPU v5e': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2),
-    'TPU v5': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3),
-    'TPU v5p': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3),
-    'TPU v6 lite': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2),
-    'TPU v6e': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2),
+    'TPU v4': Chip('v4', 275e12, 32 * 2**30, 1.2e12, 4.5e10, 3, 1.05e9),
+    'TPU v5 lite': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2, 1.5e9),
+    'TPU v5e': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2, 1.5e9),
+    'TPU v5': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3, 1.75e9),
+    'TPU v5p': Chip('v5p', 459e12, 95 * 2**30, 2.765e12, 9.0e10, 3, 1.75e9),
+    'TPU v6 lite': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2, 1.75e9),
+    'TPU v6e': Chip('v6e', 918e12, 32 * 2**30, 1.64e12, 9.0e10, 2, 1.75e9),
     'NVIDIA A100-SXM4-80GB': Chip('A100', 312e12, 80e9, 2.0e12),
     'NVIDIA H100 80GB HBM3': Chip('H100', 989e12, 80e9, 3.35e12),
     'NVIDIA H200': Chip('H200', 989e12, 141e9, 4.8e12),
@@ -51,6 +53,25 @@ CHIPS = {
 def chip_of(device: jax.Device) -> Chip | None:
     """What is known of a device's chip; None for CPUs and chips not in the table."""
     return CHIPS.get(device.device_kind)
+
+
+# Weight gathers and gradient scatters run on the SparseCores of the chips that have them, beside the matrix units. Left alone the
+# compiler makes synchronous all-reduces of the gathers, with twice the bytes.
+SPARSE_CORES = ('v5p',)
+SPARSE_CORE_OPTIONS = (
+    'xla_tpu_enable_sparse_core_collective_offload_all_gather',
+    'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather',
+    'xla_tpu_enable_sparse_core_collective_offload_3d_all_gather',
+    'xla_tpu_prefer_async_allgather_to_allreduce',
+    'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter',
+    'xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter',
+)
+
+
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """For `jax.jit(…, compiler_options=…)` of a training step on such devices."""
+    chip = chip_of(device)
+    return dict.fromkeys(SPARSE_CORE_OPTIONS, 'true') if chip and chip.name in SPARSE_CORES else {}
 
 
 def start() -> None:
