@@ -17,13 +17,13 @@ TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that nee
 Presets = Mapping[str, Callable[[], Any]]
 
 
-def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[Any, str | None], str] | None = None) -> None:
+def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[Any, str | None], Any] | None = None) -> None:
     """Runs a stage from the command line.
 
     Args:
       presets: name -> function returning the config.
       run: (config, workdir) does the work.
-      dry_run: (config, topology) returns the report of a compilation.
+      dry_run: (config, topology) compiles without running and returns the report to print.
     """
 
     def main(argv: list[str]) -> None:

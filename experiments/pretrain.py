@@ -116,4 +116,4 @@ PRESETS = {
 }
 
 if __name__ == '__main__':
-    stage(PRESETS, pretrain.run)
+    stage(PRESETS, pretrain.run, pretrain.dry_run)

@@ -9,17 +9,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.orbax import check_vocabulary, save_model
 from llama2_jax.data.mixing import parse_mixture
 from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.data.sources import read_documents
-from llama2_jax.mesh import BATCH_AXES, MeshConfig, reshard, set_mesh, shard_batch
+from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh, shard_batch
 from llama2_jax.model.generate import generate
 from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.runtime import barrier, chip_of, is_main_process, say
+from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
@@ -98,6 +101,8 @@ def run(config: PretrainConfig, workdir: str) -> State:
         barrier=barrier,
     )
     say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    if mesh.shape['sequence'] > 1:
+        say('No samples are written: generation does not cut its one new token over a sequence axis.')
     compute = config.compute.on(jax.default_backend())
     abstract, init, step = build(config, compute)
     chip = chip_of(jax.devices()[0])
@@ -120,6 +125,22 @@ def run(config: PretrainConfig, workdir: str) -> State:
     return state
 
 
+def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
+    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+
+    Raises:
+      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
+    """
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
+    check_mesh(config, mesh)
+    tokens = config.batch_size * config.length
+    array = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+    with jax.set_mesh(mesh):
+        abstract, _, step = build(config, config.compute.on(mesh.devices.flat[0].platform))
+        flops = config.model.flops_per_token(config.length) * tokens
+        return aot.dry_run(step, abstract, {'tokens': array, 'segment_ids': array}, mesh, tokens, flops)
+
+
 def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[], State], Callable]:
     """The abstract state, the function that makes the first one, and the jitted step; a mesh must be set."""
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -136,7 +157,8 @@ def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[],
     def step(state: State, batch: Batch):
         return update(state, split(batch, config.data.mask_documents))
 
-    return jax.eval_shape(init), jax.jit(init), jax.jit(step, donate_argnums=0)
+    options = compiler_options(jax.devices()[0])
+    return jax.eval_shape(init), jax.jit(init), jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def split(batch: Batch, mask_documents: bool) -> Batch:
