@@ -23,7 +23,7 @@ setup: .venv/core  ## the environment that training needs, in .venv
 demo: .venv/core  ## toy world, its tokenizer, pretraining, held-out loss and samples: some minutes on a laptop
 	$(BIN)/python experiments/train_tokenizer.py --workdir=demo/tokenizer
 	$(BIN)/python experiments/pretrain.py --workdir=demo/pretrain --set tokenizer=demo/tokenizer/tokenizer.model
-	$(BIN)/python experiments/generate.py --model=demo/pretrain/model --prompt='Once upon a time' --prompt='Dear ' \
+	$(BIN)/python experiments/generate.py --model=demo/pretrain/model --prompt='Once upon a time' --prompt='Dear' \
 		--max_new_tokens=96 --temperature=0.8 --top_p=0.95
 
 test: .venv/tests  ## ruff and all tests

@@ -18,7 +18,7 @@ LLAMA1_SHARES = {'commoncrawl': 67, 'c4': 15, 'github': 4.5, 'wikipedia': 4.5, '
 
 
 def tiny() -> PretrainConfig:
-    """1M parameters on the toy world.
+    """1M parameters on the toy world: some minutes on two cores.
 
     python experiments/pretrain.py --workdir=run
     """
@@ -27,10 +27,10 @@ def tiny() -> PretrainConfig:
         data=DataConfig(mixture=', '.join(f'toy:{genre}' for genre in GENRES)),
         optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
         loop=LoopConfig(eval_every=100, sample_every=200, checkpoint_every=200),
-        tokens=3_000_000,
+        tokens=2_000_000,
         batch_size=8,
         length=256,
-        prompts=('Once upon a time', 'Dear '),
+        prompts=('Once upon a time', 'Dear'),
     )
 
 

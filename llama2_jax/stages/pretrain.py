@@ -24,6 +24,7 @@ from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_proce
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
+from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
 from llama2_jax.train.workdir import open_workdir
@@ -121,8 +122,19 @@ def run(config: PretrainConfig, workdir: str) -> State:
         peak_flops=chip and chip.peak_flops,
     )
     save_model(path / 'model', state.params, tokenizer, {'stage': 'pretrain', 'parent': None, 'step': config.steps})
+    say_heldout(path)
     say(f'The model is in {path / "model"}.')
     return state
+
+
+def say_heldout(workdir: Path) -> None:
+    """Prints the last held-out figures of a run."""
+    if is_main_process():
+        last = read_metrics(workdir / 'metrics.jsonl')[-1]
+        for name, loss in last.items():
+            if name.startswith('heldout/') and name.endswith('/loss') and loss is not None:
+                bits = last.get(name.replace('/loss', '/bits_per_byte'))
+                print(f'{name:<48} {loss:7.4f} nats a token' + (f'   {bits:6.3f} bits a byte' if bits else ''), flush=True)
 
 
 def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
