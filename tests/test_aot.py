@@ -1,0 +1,162 @@
+"""Dry runs: what is counted, against arithmetic and an independent reader; what fits; and the real sizes."""
+
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.data.pretrain import DataConfig
+from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh
+from llama2_jax.model.llama import Compute
+from llama2_jax.runtime import CHIPS, compiler_options
+from llama2_jax.stages import pretrain
+from llama2_jax.train import aot
+from llama2_jax.train.schedule import read_program
+
+SMALL = ModelConfig(vocab_size=1024, dim=256, layers=3, heads=2, kv_heads=1, head_dim=128, hidden=512, context=512)
+
+
+def config(model, batch_size, length, remat='none', **mesh):
+    return pretrain.PretrainConfig(
+        model=model,
+        data=DataConfig(mixture='toy:documents'),
+        compute=Compute(remat=remat),
+        mesh=MeshConfig(**mesh),
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def compiled_for(config, topology):
+    """The executable of a pretraining step, its text and its mesh."""
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology))
+    array = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+    with jax.set_mesh(mesh):
+        state, _, step = pretrain.build(config, config.compute.on('tpu'))
+        return *aot.compile_step(step, state, {'tokens': array, 'segment_ids': array}, mesh), mesh
+
+
+@pytest.fixture(scope='module')
+def small():
+    """A small model on four chips: (executable, text, mesh)."""
+    return compiled_for(config(SMALL, 8, 512), 'v5e:2x2')
+
+
+def test_loops_and_collectives_are_counted_as_often_as_they_run():
+    mesh = make_mesh(MeshConfig())
+
+    @jax.jit
+    def step(x, w):
+        def layer(x, _):
+            return jax.sharding.reshard(jnp.tanh(x @ jax.sharding.reshard(w, P())), P('fsdp')), None
+
+        return jax.lax.scan(layer, x, length=5)[0]
+
+    with jax.set_mesh(mesh):
+        x, w = (jax.ShapeDtypeStruct((64, n), jnp.float32, sharding=NamedSharding(mesh, P('fsdp'))) for n in (64, 64))
+        compiled, text = aot.compile_step(step, x, w, mesh)
+    report = aot.analyse(compiled, text, mesh, tokens=64, model_flops=5 * 2 * 64**3)
+    assert report.program.flops == 5 * 2 * 8 * 64 * 64  # a device has 8 of 64 rows
+    gathers = report.program.collectives['all-gather']
+    assert (gathers.payload / gathers.count, gathers.wire / gathers.payload) == (4 * 64 * 64, 7 / 8)
+    assert (report.chips, report.chip, report.arguments, report.mfu) == (8, None, 2 * 4 * 8 * 64, None)
+    assert 'all-gather' in str(report) and 'predicted' not in str(report)
+
+
+def test_dry_run_of_the_stage_here():
+    report = pretrain.dry_run(config(MODELS['tiny'], 8, 64), None)
+    # Plain attention computes both halves of the scores, so half of attention comes on top of the model's own FLOPs.
+    attention = 6 * 4 * 4 * 32 * 63 * 8 * 64 / 8
+    assert report.program.flops == pytest.approx(report.model_flops + attention, rel=0.02)
+    assert report.arguments > 12 * MODELS['tiny'].parameters / 8
+    assert report.program.seconds is None
+
+
+def test_flops_of_a_tpu_program(small):
+    compiled, text, mesh = small
+    tokens = 8 * 512
+    report = aot.analyse(compiled, text, mesh, tokens, SMALL.flops_per_token(512) * tokens)
+    # The fused backward kernel multiplies five times, the model counts four.
+    kernels = 7 / 6 * 6 * SMALL.layers * 2 * 128 * 512 * tokens / 4
+    products = 6 * (SMALL.parameters - 1024 * 256 - 7 * 256) * tokens / 4
+    assert report.program.flops == pytest.approx(kernels + products, rel=0.005)
+    assert report.model_flops / report.chip.peak_flops < report.program.seconds < 1e-2
+    assert report.mfu == pytest.approx(report.model_flops / 197e12 / report.program.seconds)
+    assert 12 * SMALL.parameters / 4 < report.arguments < 1.1 * 12 * SMALL.parameters / 4
+    gathered = 2 * (SMALL.parameters - 7 * 256)  # bfloat16
+    assert report.program.collectives['all-gather'].payload == pytest.approx(2 * gathered, rel=0.35)
+    assert 'predicted step' in str(report) and '17.2 GB' in str(report)
+
+
+def test_program_reads_as_by_the_independent_reader(small, shared):
+    sys.path.insert(0, str(shared / 'tools'))
+    try:
+        from hlo_stats import analyze
+    finally:
+        sys.path.pop(0)
+    text = small[1]
+    theirs, ours = analyze(text, 'v5e'), read_program(text, CHIPS['TPU v5 lite'])
+    assert ours.flops == pytest.approx(theirs['dot_flops'] + theirs['kernel_flops'], rel=1e-3)
+    assert ours.seconds == pytest.approx(theirs['pred_s'], rel=1e-3)
+    assert set(ours.collectives) == set(theirs['collectives'])
+    for kind, total in ours.collectives.items():
+        other = theirs['collectives'][kind]
+        assert (total.count, total.payload) == (other['count'], pytest.approx(other['payload']))
+        assert (total.wire, total.asynchronous) == pytest.approx((other['wire'], other['async_wire']))
+
+
+def test_too_little_memory_is_one_sentence(small):
+    with pytest.raises(UserError, match=r'needs [\d.]+G of the 15.75G of memory'):
+        compiled_for(config(MODELS['7b'], 4, 4096, remat='full'), 'v5e:2x2')
+    report = dataclasses.replace(aot.analyse(*small, tokens=1, model_flops=1), temporaries=20 * 10**9)
+    with pytest.raises(UserError, match=r'needs 20.0 GB on every v5e chip, which has 17.2 GB'):
+        report.check()
+
+
+def test_topologies(monkeypatch):
+    assert len(aot.topology_devices('v5p:2x2x1')) == 4
+    for name in ('v9:4x4', 'v5p-512', 'v5e:3x5'):
+        with pytest.raises(UserError, match=f'{name} is no TPU slice; name a chip and its torus, such as v5e:16x16'):
+            aot.topology_devices(name)
+
+    def missing(**_):
+        raise jax.errors.JaxRuntimeError('NOT_FOUND: libtpu.so')
+
+    monkeypatch.setattr(topologies, 'get_topology_desc', missing)
+    with pytest.raises(UserError, match='pip install libtpu'):
+        aot.topology_devices('v5e:2x2')
+
+
+def test_options_by_chip():
+    assert compiler_options(jax.devices()[0]) == {}
+    assert compiler_options(aot.topology_devices('v5e:2x2')[0]) == {}
+    assert (
+        compiler_options(aot.topology_devices('v5p:2x2x1')[0])['xla_tpu_enable_sparse_core_collective_offload_all_gather']
+        == 'true'
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('model', 'topology', 'chips', 'remat'),
+    [
+        ('7b', 'v5e:16x16', 256, 'full'),
+        ('7b', 'v5p:4x4x4', 64, 'full'),
+        ('13b', 'v5p:4x8x8', 256, 'full'),
+        ('70b', 'v5p:8x8x8', 512, 'full'),
+        ('70b', 'v5e:16x16', 256, 'full'),
+    ],
+)
+def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
+    start = time.monotonic()
+    report = pretrain.dry_run(config(MODELS[model], chips, 4096, remat=remat), topology)
+    assert time.monotonic() - start < 240
+    assert report.arguments > 12 * MODELS[model].parameters / chips
+    assert 0.3 < report.mfu < 0.7
