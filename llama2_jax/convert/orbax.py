@@ -57,7 +57,7 @@ def load_model(directory: str | Path) -> tuple[Llama, Tokenizer]:
     directory = Path(directory).absolute()
     config = read_config(directory)
     tokenizer = Tokenizer(directory)
-    check_vocabulary(tokenizer, config)
+    check_vocabulary(tokenizer, config.vocab_size)
     abstract = jax.eval_shape(partial(Llama, config), jax.random.key(0))
     return load_params(directory / 'params', abstract), tokenizer
 
@@ -80,9 +80,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise UserError(f'{path} is damaged, or not the config.json of a model directory: it has no "model" section.') from None
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises a UserError where tokenizer and model disagree on the number of pieces."""
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f'{tokenizer.path} has {tokenizer.vocab_size} pieces, and the model has model.vocab_size={config.vocab_size}.'
-        )
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f'{tokenizer.path} has {tokenizer.vocab_size} pieces, and the model has model.vocab_size={vocab_size}.')

@@ -1,7 +1,6 @@
 """Pretraining: a config, a batch, a loss, and `fit`."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,29 +8,28 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.orbax import check_vocabulary, save_model
-from llama2_jax.data.mixing import parse_mixture
+from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig, PretrainData
-from llama2_jax.data.sources import read_documents
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh, shard_batch
-from llama2_jax.model.generate import generate
 from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
-from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama2_jax.runtime import barrier, chip_of, compiler_options, say
+from llama2_jax.stages.heldout import make_evaluate, make_sample, say_heldout
+from llama2_jax.stages.tokenizer import open_tokenizer
 from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
-from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
 from llama2_jax.train.workdir import open_workdir
 
-Evaluate = Callable[[State], dict[str, float]]
 # What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = ('mesh', 'loop', 'compute', 'accumulation', 'data.workers', 'data.cache_dir', 'eval_batches', 'prompts')
+MAY_CHANGE = (
+    *('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts'),
+    *('compute.remat', 'compute.attention', 'data.workers', 'data.cache_dir'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PretrainConfig:
       length: tokens in a sequence.
       accumulation: microbatches the batch is cut into where memory is short.
       eval_batches: of held-out text, for each source, at each evaluation; 0: all of it.
-      prompts: continued in samples.md.
+      prompts: continued in samples.md; in --set separated by commas.
     """
 
     model: ModelConfig
@@ -89,7 +87,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
     started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
     fields = tuple(field.name for field in dataclasses.fields(config))
     path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
-    tokenizer = open_tokenizer(config, path, keep=started)
+    tokenizer = open_tokenizer(config.tokenizer, config.data.mixture, config.model.vocab_size, path / 'tokenizer.model', started)
     data = PretrainData(
         config.data,
         tokenizer,
@@ -102,10 +100,12 @@ def run(config: PretrainConfig, workdir: str) -> State:
         barrier=barrier,
     )
     say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
-    if mesh.shape['sequence'] > 1:
-        say('No samples are written: generation does not cut its one new token over a sequence axis.')
     compute = config.compute.on(jax.default_backend())
     abstract, init, step = build(config, compute)
+    sample = make_sample(config.prompts, config.model, compute, tokenizer) if config.prompts else None
+    if sample and mesh.shape['sequence'] > 1:
+        say('No samples are written: one new token cannot be cut over a sequence axis.')
+        sample = None
     chip = chip_of(jax.devices()[0])
     state = fit(
         path,
@@ -116,8 +116,8 @@ def run(config: PretrainConfig, workdir: str) -> State:
         batches=partial(device_batches, data, mesh),
         steps=config.steps,
         describe=data.describe,
-        evaluate=make_evaluate(config, compute, data, mesh),
-        sample=partial(write_samples, config, compute, tokenizer) if mesh.shape['sequence'] == 1 else None,
+        evaluate=make_evaluate(data, make_heldout_loss(config, compute, mesh), config.eval_batches),
+        sample=sample,
         flops_per_step=config.model.flops_per_token(config.length) * config.batch_size * config.length,
         peak_flops=chip and chip.peak_flops,
     )
@@ -125,16 +125,6 @@ def run(config: PretrainConfig, workdir: str) -> State:
     say_heldout(path)
     say(f'The model is in {path / "model"}.')
     return state
-
-
-def say_heldout(workdir: Path) -> None:
-    """Prints the last held-out figures of a run."""
-    if is_main_process():
-        last = read_metrics(workdir / 'metrics.jsonl')[-1]
-        for name, loss in last.items():
-            if name.startswith('heldout/') and name.endswith('/loss') and loss is not None:
-                bits = last.get(name.replace('/loss', '/bits_per_byte'))
-                print(f'{name:<48} {loss:7.4f} nats a token' + (f'   {bits:6.3f} bits a byte' if bits else ''), flush=True)
 
 
 def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
@@ -160,17 +150,30 @@ def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[],
     def init() -> State:
         return init_state(Llama(config.model, jax.random.key(config.seed)), optimizer)
 
-    def loss(model: Llama, batch: Batch) -> jax.Array:
-        hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
-        return model.loss(hidden_BLD, batch['targets'], batch['weights'])
-
-    update = make_step(loss, optimizer, schedule(config.optimizer, config.steps), config.accumulation)
+    update = make_step(partial(token_loss, compute), optimizer, schedule(config.optimizer, config.steps), config.accumulation)
 
     def step(state: State, batch: Batch):
         return update(state, split(batch, config.data.mask_documents))
 
     options = compiler_options(jax.devices()[0])
     return jax.eval_shape(init), jax.jit(init), jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def token_loss(compute: Compute, model: Llama, batch: Batch) -> jax.Array:
+    """The sum of the losses of a batch's targets, nats."""
+    hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
+    return model.loss(hidden_BLD, batch['targets'], batch['weights'])
+
+
+def make_heldout_loss(config: PretrainConfig, compute: Compute, mesh: Mesh) -> Callable:
+    """A function of parameters and one batch of the data: its loss in nats, and its number of targets."""
+
+    @jax.jit
+    def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = split(batch, config.data.mask_documents)
+        return token_loss(compute, model, batch), batch['weights'].sum()
+
+    return lambda model, batch: loss_and_tokens(model, to_mesh(batch, mesh))
 
 
 def split(batch: Batch, mask_documents: bool) -> Batch:
@@ -190,59 +193,18 @@ def split(batch: Batch, mask_documents: bool) -> Batch:
     return {name: reshard(part, 'BL') for name, part in parts.items()}
 
 
-def device_batches(data: PretrainData, mesh: jax.sharding.Mesh, start: int) -> Iterator[tuple[Batch, np.ndarray]]:
+def device_batches(data: PretrainData, mesh: Mesh, start: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Batches on the mesh, with their record ids on the host."""
     for batch in data.train(start):
         yield to_mesh(batch, mesh), batch['record_ids']
 
 
-def to_mesh(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Batch:
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """The arrays that the step reads, cut over the mesh."""
     return {name: shard_batch(batch[name], mesh) for name in ('tokens', 'segment_ids')}
 
 
-def make_evaluate(config: PretrainConfig, compute: Compute, data: PretrainData, mesh: jax.sharding.Mesh) -> Evaluate | None:
-    """Held-out loss and bits per byte of each source, and their mean under the mixture's weights; None if nothing is held out."""
-    sources = [(index, source) for index, source in enumerate(data.sources) if source.heldout_tokens]
-    if not sources:
-        say('Nothing is held out: the sources are too small.')
-        return None
-
-    @jax.jit
-    def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        batch = split(batch, config.data.mask_documents)
-        hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
-        return model.loss(hidden_BLD, batch['targets'], batch['weights']), batch['weights'].sum()
-
-    def evaluate(state: State) -> dict[str, float]:
-        figures, mean, weight = {}, 0.0, 0.0
-        for index, source in sources:
-            nats = tokens = 0.0
-            for number, batch in enumerate(data.heldout(index), start=1):
-                loss, count = loss_and_tokens(state.params, to_mesh(batch, mesh))
-                nats, tokens = nats + float(loss), tokens + float(count)
-                if number == config.eval_batches:
-                    break
-            figures[f'heldout/{source.name}/loss'] = nats / tokens
-            bytes_a_token = source.heldout_bytes / source.heldout_tokens
-            figures[f'heldout/{source.name}/bits_per_byte'] = nats / tokens / math.log(2) / bytes_a_token
-            mean, weight = mean + source.weight * nats / tokens, weight + source.weight
-        return {'heldout/loss': mean / weight, **figures}
-
-    return evaluate
-
-
-def write_samples(config: PretrainConfig, compute: Compute, tokenizer: Tokenizer, state: State) -> str:
-    """Continuations of the config's prompts, as Markdown."""
-    prompts = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in config.prompts]
-    length = min(128, config.model.context - max(map(len, prompts)))
-    settings = {'eos_id': tokenizer.eos_id, 'temperature': 0.8, 'top_p': 0.95, 'dtype': compute.dtype}
-    rows = generate(state.params, prompts, length, **settings)
-    texts = [tokenizer.decode(prompt + row) for prompt, row in zip(prompts, rows, strict=True)]
-    return '\n\n'.join(f'> {text}'.replace('\n', '\n> ') for text in texts)
-
-
-def check_mesh(config: PretrainConfig, mesh: jax.sharding.Mesh) -> None:
+def check_mesh(config: PretrainConfig, mesh: Mesh) -> None:
     """Raises a UserError naming what the mesh does not divide."""
     rows = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if config.batch_size % (rows * config.accumulation):
@@ -259,23 +221,6 @@ def check_mesh(config: PretrainConfig, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f'{name}={size} cannot be divided over the {parts} devices of {describe_mesh(mesh)}.')
 
 
-def describe_mesh(mesh: jax.sharding.Mesh) -> str:
+def describe_mesh(mesh: Mesh) -> str:
     """For people: the mesh and its devices."""
     return f'mesh {MeshConfig.text(tuple(mesh.shape.values()))} of {mesh.devices.flat[0].device_kind}'
-
-
-def open_tokenizer(config: PretrainConfig, workdir: Path, keep: bool) -> Tokenizer:
-    """The tokenizer that the config names; else the one in the workdir, if it is to be kept; else one trained on the mixture.
-
-    Raises:
-      UserError: its vocabulary is not the model's.
-    """
-    path = Path(config.tokenizer or workdir / 'tokenizer.model')
-    if not config.tokenizer and not (keep and path.exists()) and is_main_process():
-        say(f'Training a tokenizer of {config.model.vocab_size:,} pieces on {config.data.mixture} …')
-        texts = (text for component in parse_mixture(config.data.mixture) for text in read_documents(component.source))
-        train_tokenizer(texts, path, config.model.vocab_size)
-    barrier('tokenizer')
-    tokenizer = Tokenizer(path)
-    check_vocabulary(tokenizer, config.model)
-    return tokenizer

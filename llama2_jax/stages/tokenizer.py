@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama2_jax import runtime
 from llama2_jax.config import UserError
+from llama2_jax.convert.orbax import check_vocabulary
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
 from llama2_jax.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
@@ -82,3 +83,25 @@ def bytes_per_token(tokenizer: Tokenizer, source: str) -> float:
     if not tokens:
         raise UserError(f'Source {source} has no text.')
     return size / tokens
+
+
+def open_tokenizer(path: str, mixture: str, vocab_size: int, own: Path, keep: bool) -> Tokenizer:
+    """The tokenizer of a training run; every process calls it.
+
+    Args:
+      path: a `tokenizer.model` or a directory that holds one; '' for one of the run's own.
+      mixture: what the run's own is trained on.
+      vocab_size: the model's.
+      own: the file of the run's own.
+      keep: use that file if it is there; else it is trained anew.
+
+    Raises:
+      UserError: the vocabulary is not the model's, or nothing can be trained on.
+    """
+    if not path and not (keep and own.exists()) and runtime.is_main_process():
+        runtime.say(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
+        train_tokenizer(documents([component.source for component in parse_mixture(mixture)]), own, vocab_size)
+    runtime.barrier('tokenizer')
+    tokenizer = Tokenizer(path or own)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
