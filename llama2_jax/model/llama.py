@@ -130,7 +130,10 @@ class Block(nnx.Module):
         """SwiGLU: down(silu(gate x) * up x)."""
         gate_BLF = checkpoint_name(linear('BLD,DF->BLF', x_BLD, self.w_gate_DF[...]), 'gate')
         up_BLF = checkpoint_name(linear('BLD,DF->BLF', x_BLD, self.w_up_DF[...]), 'up')
-        return linear('BLF,DF->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.w_down_DF[...])
+        # Without barriers XLA computes these products and their gradients again inside every matrix product that reads them.
+        gate_BLF, up_BLF = jax.lax.optimization_barrier((gate_BLF, up_BLF))
+        hidden_BLF = jax.lax.optimization_barrier(jax.nn.silu(gate_BLF) * up_BLF)
+        return linear('BLF,DF->BLD', hidden_BLF, self.w_down_DF[...])
 
 
 class Llama(nnx.Module):
