@@ -80,6 +80,8 @@ def start() -> None:
     LLAMA2_JAX_COORDINATOR=auto, set on every host of a TPU pod or a Slurm job, lets JAX find them. Elsewhere it is
     host:port, and LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS tell how many there are and which one this is.
     """
+    # Two programs in flight on faked CPU devices can take each other's threads, and wait for ever for their collectives.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
     coordinator = os.environ.get('LLAMA2_JAX_COORDINATOR')
     if coordinator == 'auto':
         jax.distributed.initialize()

@@ -3,6 +3,7 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, and here for subprocesses too
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
 from pathlib import Path  # noqa: E402 (the environment must be set before JAX is imported)

@@ -85,7 +85,7 @@ def launch(workdir, devices, kill=None, **options):
 def finish(*processes, code=0):
     """Waits for all, and sees that each ended with the exit code."""
     try:
-        errors = [process.communicate(timeout=100)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
