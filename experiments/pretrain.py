@@ -44,7 +44,7 @@ def small() -> PretrainConfig:
         data=DataConfig(mixture='text:data/*.txt*'),
         optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=100),
         loop=LoopConfig(eval_every=250, sample_every=500, checkpoint_every=500),
-        tokens=2_000_000,
+        tokens=1_500_000,
         batch_size=8,
         length=256,
     )
