@@ -70,6 +70,37 @@ def test_loops_and_collectives_are_counted_as_often_as_they_run():
     assert 'all-gather' in str(report) and 'predicted' not in str(report)
 
 
+def test_a_loop_whose_first_turn_was_peeled_off():
+    text = """HloModule m
+
+%body (p: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %p = (s32[], f32[4,4]) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %x = f32[4,4] get-tuple-element(%p), index=1
+  %y = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[4,4]) tuple(%next, %y)
+}
+
+%condition (q: (s32[], f32[4,4])) -> pred[] {
+  %q = (s32[], f32[4,4]) parameter(0)
+  %m = s32[] get-tuple-element(%q), index=0
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%m, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[4,4]) -> (s32[], f32[4,4]) {
+  %a = f32[4,4] parameter(0)
+  %begin = s32[] constant(1)
+  %start = s32[] copy(%begin)
+  %init = (s32[], f32[4,4]) tuple(%start, %a)
+  ROOT %loop = (s32[], f32[4,4]) while(%init), condition=%condition, body=%body
+}
+"""
+    assert read_program(text).flops == 4 * 2 * 4**3
+
+
 def test_dry_run_of_the_stage_here():
     report = pretrain.dry_run(config(MODELS['tiny'], 8, 64), None)
     # Plain attention computes both halves of the scores, so half of attention comes on top of the model's own FLOPs.

@@ -108,15 +108,29 @@ class Module:
         """What made an operand, if it was made in the same computation."""
         return self.named[computation].get(i.operands[index]) if index < len(i.operands) else None
 
-    def turns(self, loop: Instruction) -> int:
-        """How often a loop turns: XLA's note, or the one constant its condition compares the counter with."""
+    def turns(self, computation: str, loop: Instruction) -> int:
+        """How often a loop turns: XLA's note, or what its condition compares the counter with, less where that begins."""
         if match := re.search(r'known_trip_count\\?"?:\s*\{\\?"n\\?":\\?"(\d+)', loop.rest):
             return int(match[1])
-        condition = self.computations[called_by(loop, 'condition')]
-        limits = {int(match[1]) for i in condition if i.op == 'constant' and (match := re.match(r'(\d+)\)', i.rest))}
+        condition = called_by(loop, 'condition')
+        counters = [i for i in self.computations[condition] if i.op == 'get-tuple-element']
+        limits = {value for i in self.computations[condition] if (value := self.constant(condition, i)) is not None}
+        start, state = 0, self.operand(computation, loop, 0)
+        if state is not None and len(counters) == 1:
+            counter = int(re.search(r'index=(\d+)', counters[0].rest)[1])
+            start = (
+                self.constant(computation, self.operand(computation, state, counter)) or 0
+            )  # not 0 where XLA peeled off a turn
         if len(limits) != 1:
             raise ValueError(f'the number of turns of {loop.name} is not in the program')
-        return limits.pop()
+        return limits.pop() - start
+
+    def constant(self, computation: str, i: Instruction | None) -> int | None:
+        """The value of a whole constant, or of a copy of one."""
+        if i is not None and i.op in ('copy', 'bitcast'):
+            return self.constant(computation, self.operand(computation, i, 0))
+        match = i is not None and i.op == 'constant' and re.match(r'(\d+)\)', i.rest)
+        return int(match[1]) if match else None
 
     def dot_flops(self, computation: str, i: Instruction) -> float:
         """FLOPs of one instruction, and of what it calls."""

@@ -87,7 +87,7 @@ class _Replay:
                 if i.op in ('get-tuple-element', 'bitcast') and streams.end_of(i):
                     streams.ends[i.name] = streams.end_of(i)
             elif i.op == 'while':
-                turns = self.module.turns(i)
+                turns = self.module.turns(computation, i)
                 streams.now += self.run(called_by(i, 'body'), times * turns) * turns
             elif i.op == 'call':
                 streams.now += self.run(called_by(i), times)
