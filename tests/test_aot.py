@@ -178,11 +178,11 @@ def test_options_by_chip():
 @pytest.mark.parametrize(
     ('model', 'topology', 'chips', 'remat'),
     [
-        ('7b', 'v5e:16x16', 256, 'full'),
-        ('7b', 'v5p:4x4x4', 64, 'full'),
-        ('13b', 'v5p:4x8x8', 256, 'full'),
-        ('70b', 'v5p:8x8x8', 512, 'full'),
-        ('70b', 'v5e:16x16', 256, 'full'),
+        ('7b', 'v5e:16x16', 256, 'q+k+v+attention'),
+        ('7b', 'v5p:4x4x4', 64, 'q+k+v+attention+gate+up'),
+        ('13b', 'v5p:4x8x8', 256, 'q+k+v+attention+gate+up'),
+        ('70b', 'v5p:8x8x8', 512, 'q+k+v+attention'),
+        ('70b', 'v5e:16x16', 256, 'offload'),
     ],
 )
 def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
