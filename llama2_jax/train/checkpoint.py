@@ -204,11 +204,17 @@ def checksums(tree: Tree) -> list[int]:
 
     TensorStore checks its own indices only: a flipped bit in an array would be restored without a word.
     """
-    return [int(total) for total in jax.device_get([_sum_bits(_on_device(leaf)) for leaf in jax.tree.leaves(tree)])]
+    # One program, and nothing else in flight: many small ones can block each other's threads on faked CPU devices.
+    leaves = jax.block_until_ready([_on_device(leaf) for leaf in jax.tree.leaves(tree)])
+    return [int(total) for total in jax.device_get(_sums_of_bits(leaves))]
 
 
 @jax.jit
-def _sum_bits(x: jax.Array) -> jax.Array:
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sum_of_bits(leaf) for leaf in leaves]
+
+
+def _sum_of_bits(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)  # eight bytes become two times four
     bits = x.astype(unsigned) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
     return jnp.sum(bits, dtype=jnp.uint32)
