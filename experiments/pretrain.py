@@ -27,7 +27,7 @@ def tiny() -> PretrainConfig:
         data=DataConfig(mixture=', '.join(f'toy:{genre}' for genre in GENRES)),
         optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=50),
         loop=LoopConfig(eval_every=100, sample_every=200, checkpoint_every=200),
-        tokens=2_000_000,
+        tokens=1_000_000,
         batch_size=8,
         length=256,
         prompts=('Once upon a time', 'Dear'),
