@@ -10,7 +10,7 @@ import optax
 from llama2_jax.train.optimizer import where
 
 Batch = Mapping[str, jax.Array]
-# (parameters, batch of any size, weight of the whole batch) -> this part's share of the mean loss
+# (parameters, microbatch) -> weighted sum of its token losses, nats
 LossFunction = Callable[[Any, Batch], jax.Array]
 
 
