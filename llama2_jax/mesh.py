@@ -98,13 +98,10 @@ def parameter_letters(name: str) -> str:
     return name.rpartition('_')[2]
 
 
-def parameter_spec(name: str, stacked: bool = False) -> P | None:
-    """Where a parameter rests. Vectors are replicated: a gather of one would cost more than it saves.
-
-    `stacked` parameters carry the layers N in front.
-    """
-    letters = 'N' * stacked + parameter_letters(name)
-    table = PARAMETERS if len(parameter_letters(name)) > 1 else {**PARAMETERS, 'D': ()}
+def parameter_spec(name: str) -> P | None:
+    """Where a parameter rests. Vectors are replicated: a gather of one would cost more than it saves."""
+    letters = parameter_letters(name)
+    table = PARAMETERS if len(letters) > 1 else {**PARAMETERS, 'D': ()}
     return spec(letters, table)
 
 

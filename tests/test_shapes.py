@@ -82,7 +82,6 @@ def test_specs_by_hand():
         assert spec('BLHK') == P(('replica', 'fsdp'), 'sequence', 'tensor', None)
         assert spec('BLV') == P(('replica', 'fsdp'), 'sequence', 'tensor')
         assert parameter_spec('w_gate_DF') == P(('fsdp', 'sequence'), 'tensor')
-        assert parameter_spec('w_gate_DF', stacked=True) == P(None, ('fsdp', 'sequence'), 'tensor')
 
 
 def test_weight_decay_by_suffix():
