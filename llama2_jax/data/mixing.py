@@ -4,6 +4,7 @@ All in fractions, so that proportions are exact.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -113,3 +114,8 @@ class Interleave:
                 return source, row - before
             row, total = before, total - part
         raise AssertionError('shares sum to 1')
+
+
+def source_seed(seed: int, source: str) -> int:
+    """Far apart for neighbouring seeds, for the epoch is added to it; and the same whatever else is in the mixture."""
+    return int.from_bytes(hashlib.blake2b(f'{seed} {source}'.encode(), digest_size=4).digest())

@@ -7,7 +7,6 @@ is the step. (Under an epoch limit that binds, the shares depend on the length o
 """
 
 import dataclasses
-import hashlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from absl import flags
 from llama2_jax.config import UserError
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
-from llama2_jax.data.mixing import Interleave, parse_mixture, water_fill
+from llama2_jax.data.mixing import Interleave, parse_mixture, source_seed, water_fill
 from llama2_jax.data.tokenise import build, end_with_parent
 
 Batch = dict[str, np.ndarray]
@@ -126,7 +125,7 @@ class PretrainData:
             _check_count(component.source, cache, count)
         shares = water_fill(components, counts, steps * batch_size)
         self._sources = [
-            grain.MapDataset.source(_Sequences(i, cache.train, length)).shuffle(_source_seed(seed, component.source)).repeat()
+            grain.MapDataset.source(_Sequences(i, cache.train, length)).shuffle(source_seed(seed, component.source)).repeat()
             for i, (component, cache) in enumerate(zip(components, self._caches, strict=True))
         ]
         self._order = Interleave(shares, steps * batch_size)
@@ -243,8 +242,3 @@ def _check_count(source: str, cache: Cache, count: int) -> None:
         )
     if count >= 2**32:
         raise UserError(f'Source {source} has {count} sequences, the shuffle reaches 2^32: give it as several sources.')
-
-
-def _source_seed(seed: int, source: str) -> int:
-    """Far apart for neighbouring seeds, for grain adds the epoch to it; and the same whatever else is in the mixture."""
-    return int.from_bytes(hashlib.blake2b(f'{seed} {source}'.encode(), digest_size=4).digest())

@@ -1,6 +1,7 @@
-"""Source strings to documents: `toy:NAME`, `text:GLOB`, `jsonl:GLOB`, `arrayrecord:GLOB`, `tfds:NAME[/CONFIG][:VERSION][#split]`.
+"""What source strings name: `toy:NAME`, `text:GLOB`, `jsonl:GLOB`, `arrayrecord:GLOB`, `tfds:NAME[/CONFIG][:VERSION][#split]`.
 
-Everything streams: no file is ever held in memory. Files ending in `.gz` are decompressed on the way, and `gs://` globs work
+`read_documents` gives the texts to pretrain on, `read_records` whole rows. Everything streams: no file is ever held in memory,
+but for one that is a single JSON array of records. Files ending in `.gz` are decompressed on the way, and `gs://` globs work
 where `etils.epath` can read them (`pip install gcsfs`), except `arrayrecord:`, which needs a mounted bucket.
 """
 
@@ -13,8 +14,9 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from llama2_jax.config import UserError, nearest
 
@@ -25,13 +27,21 @@ PARTS = 1024  # larger sources get larger parts, so that a token cache never has
 EXAMPLES = 16_384  # of a TFDS data set in one part, at least
 
 
+class Record(NamedTuple):
+    """A row with named fields, its file (or data set), and its place for errors: 'a.jsonl:17'."""
+
+    file: str
+    where: str
+    fields: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """An independent share of a source; the parts of a source in order hold its documents in order.
 
     Attributes:
       kind: toy, text, jsonl, arrayrecord or tfds.
-      names: files, or one toy genre, or one TFDS data set with its split.
+      names: files, or one toy genre or kind of records, or one TFDS data set with its split.
       stamp: changes when the content may have: sizes and times of the files, versions.
       bytes: size of the files as they lie, 0 if unknown; None where reading needs more bytes than the files have (gz).
       start, stop: range of examples (tfds only).
@@ -49,12 +59,51 @@ class Part:
         if self.kind == 'toy':
             from llama2_jax.data import toy
 
+            if self.names[0] in toy.RECORDS:
+                raise UserError(f'Source toy:{self.names[0]} holds records, not documents.')
             yield from toy.documents(self.names[0])
         elif self.kind == 'tfds':
             yield from _read_tfds(self.names[0], self.start, self.stop)
         else:
             for name in self.names:
                 yield from _READERS[self.kind](name)
+
+    def records(self) -> Iterator[Record]:
+        """The rows, streamed.
+
+        Raises:
+          UserError: the source holds plain text, or a row is not an object.
+        """
+        name = self.names[0]
+        if self.kind == 'toy':
+            from llama2_jax.data import toy
+
+            if name not in toy.RECORDS:
+                raise UserError(f'Source toy:{name} holds documents, not records; {nearest(name, toy.RECORDS)}')
+            for i, fields in enumerate(toy.RECORDS[name]()):
+                yield Record(f'toy:{name}', f'toy:{name} record {i}', fields)
+        elif self.kind == 'tfds':
+            for where, example in _tfds_rows(name, self.start, self.stop):
+                try:
+                    yield _record(name, where, _plain(example))
+                except UnicodeDecodeError as error:
+                    raise UserError(f'{where} is not valid UTF-8 at byte {error.start}.') from error
+        elif self.kind == 'text':
+            raise UserError(f'Source text:{name} is plain text; records are read from jsonl:, arrayrecord:, tfds: and toy:.')
+        else:
+            for name in self.names:
+                for where, data in _ROWS[self.kind](name):
+                    yield _record(name, where, _parse(data, where) if isinstance(data, bytes) else data)
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """All rows of a source string, in order.
+
+    Raises:
+      UserError: unknown kind, nothing there, plain text, or a corrupt file, naming file and line or record.
+    """
+    for part in split(source):
+        yield from part.records()
 
 
 def read_documents(source: str) -> Iterator[str]:
@@ -107,8 +156,8 @@ def _split_files(kind: str, pattern: str) -> list[Part]:
 def _split_toy(kind: str, name: str) -> list[Part]:
     from llama2_jax.data import toy
 
-    if name != 'documents' and name not in toy.GENRES:
-        raise UserError(f'Source {kind}:{name}: {nearest(name, ("documents", *toy.GENRES))}')
+    if name != 'documents' and name not in toy.GENRES and name not in toy.RECORDS:
+        raise UserError(f'Source {kind}:{name}: {nearest(name, ("documents", *toy.GENRES, *toy.RECORDS))}')
     code = b''.join(
         path.read_bytes() for path in sorted(Path(toy.__file__).parent.glob('*.py'))
     )  # generated: its code is its content
@@ -227,14 +276,28 @@ def _cut(buffer: bytearray) -> int:
     return end
 
 
-def _read_jsonl(path: str) -> Iterator[str]:
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, with their places."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield _text_field(line, f'{path}:{number}')
+                yield f'{path}:{number}', line
 
 
-def _read_arrayrecord(path: str) -> Iterator[str]:
+def _rows(path: str) -> Iterator[tuple[str, Any]]:
+    """The lines of a jsonl file, or the elements of one that is a single JSON array, as some data sets are published."""
+    with _open(path) as file:
+        array = file.readline().lstrip().startswith(b'[')
+    if not array:
+        yield from _lines(path)
+        return
+    with _open(path) as file:
+        rows = _parse(file.read(), path)
+    for number, row in enumerate(rows):
+        yield f'{path} element {number}', row
+
+
+def _array_records(path: str) -> Iterator[tuple[str, bytes]]:
     """Records are JSON objects like the lines of a jsonl file."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -242,7 +305,7 @@ def _read_arrayrecord(path: str) -> Iterator[str]:
     try:
         reader = ArrayRecordReader(path)
         for number in range(reader.num_records()):
-            yield _text_field(reader.read(), f'{path} record {number}')
+            yield f'{path} record {number}', reader.read()
         reader.close()  # raises for a cut file, which claims to have no records
     except (RuntimeError, ValueError, IndexError, SystemError) as error:
         raise UserError(f'{path} record {number} cannot be read, the file is corrupt or half-written: {error}.') from error
@@ -259,7 +322,26 @@ def _text_field(data: bytes, where: str) -> str:
     return text
 
 
-_READERS = {'text': _read_text, 'jsonl': _read_jsonl, 'arrayrecord': _read_arrayrecord}
+def _parse(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode())
+    except ValueError as error:
+        raise UserError(f'{where} is not JSON: {error}.') from error
+
+
+def _record(file: str, where: str, value: Any) -> Record:
+    if not isinstance(value, dict):
+        raise UserError(f'{where} is not an object with named fields.')
+    return Record(file, where, value)
+
+
+def _texts(rows: Callable[[str], Iterator[tuple[str, bytes]]], path: str) -> Iterator[str]:
+    for where, data in rows(path):
+        yield _text_field(data, where)
+
+
+_READERS = {'text': _read_text, 'jsonl': partial(_texts, _lines), 'arrayrecord': partial(_texts, _array_records)}
+_ROWS = {'jsonl': _rows, 'arrayrecord': _array_records}
 
 
 def _tfds_examples(name: str):
@@ -275,15 +357,30 @@ def _tfds_examples(name: str):
         ) from error
 
 
-def _read_tfds(name: str, start: int, stop: int) -> Iterator[str]:
+def _tfds_rows(name: str, start: int, stop: int) -> Iterator[tuple[str, Any]]:
     examples = _tfds_examples(name)
     for index in range(start, stop):
-        example = examples[index]
+        yield f'Source tfds:{name} example {index}', examples[index]
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS gives, as JSON would give it: bytes are text, arrays are lists."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if hasattr(value, 'tolist'):  # numpy
+        return _plain(value.tolist())
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _read_tfds(name: str, start: int, stop: int) -> Iterator[str]:
+    for where, example in _tfds_rows(name, start, stop):
         text = example.get('text') if isinstance(example, dict) else None
         if not isinstance(text, str | bytes):
             fields = ', '.join(example) if isinstance(example, dict) else type(example).__name__
-            raise UserError(f"Source tfds:{name} example {index} has no field 'text' (it has: {fields}).")
+            raise UserError(f"{where} has no field 'text' (it has: {fields}).")
         try:
             yield text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
-            raise UserError(f'Source tfds:{name} example {index} is not valid UTF-8 at byte {error.start}.') from error
+            raise UserError(f'{where} is not valid UTF-8 at byte {error.start}.') from error

@@ -1,7 +1,8 @@
 """The toy world's documents, generated on the fly: `documents(genre, seed)`. Nothing is shipped, nothing is downloaded."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from llama2_jax.data.toy import lessons, people, stories, web
 from llama2_jax.data.toy.world import make_world
@@ -19,6 +20,8 @@ _WRITERS = {
 }
 
 GENRES: tuple[str, ...] = tuple(_WRITERS)
+
+RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
 
 
 def documents(genre: str, seed: int = 0) -> Iterator[str]:

@@ -1,0 +1,295 @@
+"""Batches of dialogs to fine-tune on (paper p9): whole dialogs packed into rows, batch k a function of (seed, k, mixture) alone.
+
+Such data sets are small (the paper's has 27,540 dialogs), so they are tokenised at start and kept in memory, by every process
+alike. Each source is packed once; what is shuffled anew each epoch are the rows. A row of the run is found by arithmetic, as in
+`data/pretrain.py`, so a run may start at any step and on any number of hosts.
+
+The weight of a source says how often each of its dialogs is seen in one epoch of the run: exactly once, unless given.
+"""
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import grain
+import numpy as np
+
+from llama2_jax.config import UserError
+from llama2_jax.data.mixing import Component, Interleave, parse_mixture, source_seed
+from llama2_jax.data.packing import best_fit
+from llama2_jax.data.schemas import Dialog, read_dialogs
+from llama2_jax.text.dialog import cut_dialog, encode_dialog
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogConfig:
+    """What to fine-tune on.
+
+    Attributes:
+      mixture: `source[:weight][@epochs], source…`: with weight 2 every dialog comes twice an epoch, with 0.5 in every second
+        epoch; `@epochs` limits how often in all.
+      epochs: of the run; the paper's two.
+      heldout: share of each source's dialogs that is never trained on; those that begin with the same question stay together.
+    """
+
+    mixture: str = 'toy:dialogs'
+    epochs: float = 2.0
+    heldout: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise UserError(f'data.epochs must be positive, it is {self.epochs}.')
+        if not 0 <= self.heldout < 1:
+            raise UserError(f'data.heldout must be at least 0 and less than 1, not {self.heldout}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogInfo:
+    """One source as the run uses it.
+
+    Attributes:
+      name, weight: `weight` is the share of the run's rows.
+      dialogs, rows, tokens: to train on, in one epoch; padding is no token.
+      trained_share: of the tokens, those of answers.
+      padding_share: of the places in the rows.
+      cut, dropped: dialogs that lost their last turns for length, and those left out since not even one turn fits, or none has
+        an answer.
+      epochs: how often the run sees each dialog.
+      heldout_tokens, heldout_bytes: of the answers held out.
+    """
+
+    name: str
+    weight: float
+    dialogs: int
+    rows: int
+    tokens: int
+    trained_share: float
+    padding_share: float
+    cut: int
+    dropped: int
+    epochs: float
+    heldout_tokens: int
+    heldout_bytes: int
+
+    def __str__(self) -> str:
+        counts = f'{self.dialogs:>9,} {self.tokens:>12,} {self.trained_share:>8.1%} {self.padding_share:>8.1%}'
+        left = f'{self.cut:>6,} {self.dropped:>8,} {self.epochs:>7.2f} {self.heldout_tokens:>16,}'
+        return f'{self.name:<40} {self.weight:>8.4f} {counts} {left}'
+
+
+class DialogData:
+    """Batches of a mixture of dialogs for one process of a run.
+
+    Args:
+      tokenizer: a `llama2_jax.text.tokenizer.Tokenizer`.
+      length: L, targets in a row.
+      batch_size: B, rows in the batch of all processes together.
+      seed: any integer.
+      process_index, process_count: process p yields rows [p * b, (p + 1) * b) of each batch, b = B / process_count.
+
+    Attributes:
+      sources: `DialogInfo` of each source of the mixture.
+      steps: batches in the run; the last one is filled up with empty rows.
+
+    Raises:
+      UserError: for anything wrong with the mixture, its sources or the batch size.
+    """
+
+    def __init__(
+        self,
+        config: DialogConfig,
+        tokenizer,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise UserError(f'A batch of {batch_size} rows cannot be divided among {process_count} processes.')
+        self._length, self._batch_size, self._rows = length, batch_size, batch_size // process_count
+        self._index = process_index
+        components = parse_mixture(config.mixture)
+        self._train, self._heldout = [], []
+        for component in components:
+            train, heldout = _read(component.source, tokenizer, length + 1, config.heldout)
+            if not len(train):
+                raise UserError(
+                    f'Source {component.source} has no dialogs to train on ({train.dropped} are too long for length={length} or '
+                    f'have no answer, {len(heldout)} are held out).'
+                )
+            self._train.append(train)
+            self._heldout.append(heldout)
+        epochs = [_epochs(component, Fraction(str(config.epochs))) for component in components]
+        counts = [max(1, int(times * len(train.rows))) for times, train in zip(epochs, self._train, strict=True)]
+        self._total = sum(counts)
+        self._order = Interleave([Fraction(count, self._total) for count in counts], self._total)
+        self._seeds = [source_seed(seed, component.source) for component in components]
+        self.steps = -(-self._total // batch_size)
+        self.sources = [
+            train.info(component.source, count / self._total, float(times), heldout)
+            for component, count, times, train, heldout in zip(
+                components, counts, epochs, self._train, self._heldout, strict=True
+            )
+        ]
+
+    def train(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step, start_step + 1, … steps - 1, this process's rows; starting late costs nothing.
+
+        Each is a dict: tokens, segment_ids int32 and trained bool, all [b, L+1], and record_ids int64 [b, 2] (source, row).
+        Segments 1, 2, 3… are the dialogs of a row from the left, 0 is padding, which is known by lengths and no token's value.
+        An empty row has record_ids -1. Position j + 1 of the row is the target of position j, to be learned if `trained`; the
+        first token of a dialog never is.
+        """
+        for step in range(start_step, self.steps):
+            first = step * self._batch_size + self._index * self._rows
+            yield self._collate(self._train, [self._find(row) for row in range(first, first + self._rows)])
+
+    def heldout(self, source: int) -> Iterator[Batch]:
+        """The held-out dialogs of a source once, as batches like those of `train`; the same number on every process."""
+        rows = len(self._heldout[source].rows)
+        for first in range(0, rows, self._batch_size):
+            mine = range(first + self._index * self._rows, first + (self._index + 1) * self._rows)
+            places = [(source, _shuffled(i, rows, 0)) if i < rows else _EMPTY for i in mine]
+            yield self._collate(self._heldout, places)
+
+    def describe(self, record_ids: np.ndarray) -> list[str]:
+        """Rows of `record_ids` of `train` for people, such as 'row 17 of jsonl:a.jsonl (a.jsonl:3, a.jsonl:90)'."""
+        names = []
+        for source, row in np.asarray(record_ids).tolist():
+            if source < 0:
+                names.append('an empty row')
+                continue
+            train = self._train[source]
+            names.append(f'row {row} of {self.sources[source].name} ({", ".join(train.places[i] for i in train.rows[row])})')
+        return names
+
+    def table(self) -> str:
+        """The sources as a table to print."""
+        head = f'{"source":<40} {"weight":>8} {"dialogs":>9} {"tokens":>12} {"trained":>8} {"padding":>8}'
+        return '\n'.join([f'{head} {"cut":>6} {"dropped":>8} {"epochs":>7} {"held-out tokens":>16}', *map(str, self.sources)])
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """Row of the run -> source and row of that source."""
+        if row >= self._total:
+            return _EMPTY
+        source, number = self._order[row]
+        count = len(self._train[source].rows)
+        epoch, i = divmod(number, count)
+        return source, _shuffled(i, count, self._seeds[source] + epoch)
+
+    def _collate(self, stores: Sequence['_Packed'], places: list[tuple[int, int]]) -> Batch:
+        shape = (len(places), self._length + 1)
+        tokens, segment_ids, trained = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for b, (source, row) in enumerate(places):
+            at = 0
+            for segment, (ids, learned) in enumerate(stores[source].dialogs(row) if source >= 0 else (), 1):
+                here = slice(at, at + len(ids))
+                tokens[b, here], segment_ids[b, here], trained[b, here] = ids, segment, learned
+                at += len(ids)
+        return {'tokens': tokens, 'segment_ids': segment_ids, 'trained': trained, 'record_ids': np.array(places, np.int64)}
+
+
+_EMPTY = (-1, -1)
+
+
+class _Packed:
+    """Dialogs as tokens end to end, with whether each is trained, and the rows that they are packed into.
+
+    Attributes:
+      places: of each dialog, 'a.jsonl:17'.
+      cut, dropped: how many did not fit whole, or not at all.
+      bytes: of the answers.
+      tokens, trained: all dialogs end to end, once packed.
+      rows: the dialogs of each row, once packed.
+    """
+
+    def __init__(self, room: int):
+        self._room, self._tokens, self._trained, self._ends = room, array('I'), bytearray(), array('q', [0])
+        self.places: list[str] = []
+        self.cut = self.dropped = self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def add(self, where: str, dialog: Dialog, ids: list[int], trained: list[bool]) -> None:
+        self._tokens.extend(ids)
+        self._trained.extend(trained)
+        self._ends.append(len(self._tokens))
+        self.places.append(where)
+        self.bytes += sum(len(message['content'].strip().encode()) for message in dialog if message['role'] == 'assistant')
+
+    def pack(self) -> None:
+        self.tokens = np.frombuffer(self._tokens, np.uint32)
+        self.trained = np.frombuffer(self._trained, bool)
+        self.rows = best_fit(np.diff(np.frombuffer(self._ends, np.int64)), self._room)
+
+    def dialogs(self, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The (ids, trained) of the dialogs of a row."""
+        for i in self.rows[row]:
+            here = slice(self._ends[i], self._ends[i + 1])
+            yield self.tokens[here], self.trained[here]
+
+    def info(self, name: str, weight: float, epochs: float, heldout: '_Packed') -> DialogInfo:
+        return DialogInfo(
+            name=name,
+            weight=weight,
+            dialogs=len(self),
+            rows=len(self.rows),
+            tokens=len(self.tokens),
+            trained_share=float(self.trained.mean()),
+            padding_share=1 - len(self.tokens) / (len(self.rows) * self._room),
+            cut=self.cut,
+            dropped=self.dropped,
+            epochs=epochs,
+            heldout_tokens=int(heldout.trained.sum()),
+            heldout_bytes=heldout.bytes,
+        )
+
+
+def _read(source: str, tokenizer, room: int, share: float) -> tuple[_Packed, _Packed]:
+    """The dialogs of a source, to train on and held out, in rows of `room` tokens; the first counts what was cut or dropped.
+
+    Raises:
+      UserError: naming file and row, also of a dialog in which nothing is to be learned.
+    """
+    train, heldout = _Packed(room), _Packed(room)
+    for where, dialog in read_dialogs(source):
+        if dialog is None:
+            train.dropped += 1
+            continue
+        ids, trained = encode_dialog(dialog, tokenizer, where)
+        if not any(trained):
+            raise UserError(f'{where}: there is nothing to learn, every answer has weight 0.')
+        if len(ids) > room:
+            dialog = cut_dialog(dialog, tokenizer, room)
+            ids, trained = encode_dialog(dialog, tokenizer, where) if dialog else ([], [])
+            if not any(trained):
+                train.dropped += 1
+                continue
+            train.cut += 1
+        (heldout if _held_out(dialog, share) else train).add(where, dialog, ids, trained)
+    train.pack()
+    heldout.pack()
+    return train, heldout
+
+
+def _held_out(dialog: Dialog, share: float) -> bool:
+    """By the first question: what is asked in held-out dialogs is not learned from other answers to the same."""
+    question = next(message['content'] for message in dialog if message['role'] == 'user')
+    return int.from_bytes(hashlib.blake2b(question.strip().encode(), digest_size=8).digest()) / 2**64 < share
+
+
+def _epochs(component: Component, epochs: Fraction) -> Fraction:
+    times = component.weight * epochs
+    return times if component.epochs is None else min(times, component.epochs)
+
+
+def _shuffled(i: int, count: int, seed: int) -> int:
+    """Element i of a permutation of range(count)."""
+    return grain.experimental.index_shuffle(i, max_index=count - 1, seed=seed % 2**32, rounds=4)
