@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from llama2_jax.config import ModelConfig
-from llama2_jax.mesh import parameter_letters
+from llama2_jax.mesh import parameter_letters, parameter_name
 from llama2_jax.model.llama import Llama
-from llama2_jax.train.optimizer import parameter_name
 
 # Our name without its letters -> their name, their letters (torch's Linear holds [out, in]).
 OUTSIDE = {

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import MODELS
-from llama2_jax.mesh import AXES, PARAMETERS, MeshConfig, make_mesh, parameter_letters, parameter_spec, spec
+from llama2_jax.mesh import AXES, PARAMETERS, MeshConfig, make_mesh, parameter_letters, parameter_name, parameter_spec, spec
 from llama2_jax.model.llama import Llama
-from llama2_jax.train.optimizer import OptimizerConfig, decays, make_optimizer, parameter_name
+from llama2_jax.train.optimizer import OptimizerConfig, decays, make_optimizer
 
 COUNTS = {'7b': 6_738_415_616, '13b': 13_015_864_320, '34b': 33_743_970_304, '70b': 68_976_648_192}
 

@@ -10,6 +10,7 @@ when its turn comes. Norms, softmax, rotations and losses are float32.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -82,7 +83,8 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back to the dtype of x, then scaled (recipe A.3)."""
     x = x_BLD.astype(jnp.float32)
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None]
+    # Behind a barrier as in `feed_forward`: without it XLA normalises again for every tile of the products that read this.
+    return jax.lax.optimization_barrier(x.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None])
 
 
 class Block(nnx.Module):
@@ -102,9 +104,10 @@ class Block(nnx.Module):
         self.w_up_DF = normal(up, 'w_up_DF', (D, F), D)
         self.w_down_DF = normal(down, 'w_down_DF', (D, F), F, config.layers)
 
-    def __call__(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
-        """[B, L, D] -> [B, L, D]."""
-        x_BLD = x_BLD + self.attend(rms_norm(x_BLD, self.attention_norm_D[...], self.eps), rope, segments_BL, compute)
+    def __call__(self, x_BLD: jax.Array, rope: Rope, attend: Callable[..., jax.Array]) -> jax.Array:
+        """[B, L, D] -> [B, L, D]; `attend` makes [B, L, H, K] of queries, keys and values."""
+        out_BLHK = attend(*self.qkv(rms_norm(x_BLD, self.attention_norm_D[...], self.eps), rope))
+        x_BLD = x_BLD + linear('BLHK,DHK->BLD', out_BLHK, self.w_o_DHK[...])
         return x_BLD + self.feed_forward(rms_norm(x_BLD, self.ffn_norm_D[...], self.eps))
 
     def qkv(self, x_BLD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -117,14 +120,6 @@ class Block(nnx.Module):
             checkpoint_name(rotate(k_BLGK, *rope), 'k'),
             checkpoint_name(v_BLGK, 'v'),
         )
-
-    def attend(self, x_BLD: jax.Array, rope: Rope, segments_BL: jax.Array | None, compute: Compute) -> jax.Array:
-        """Causal attention over the sequence itself."""
-        return self.output(attention(*self.qkv(x_BLD, rope), segments_BL, implementation=compute.attention))
-
-    def output(self, out_BLHK: jax.Array) -> jax.Array:
-        """What the heads found, back to [B, L, D]."""
-        return linear('BLHK,DHK->BLD', out_BLHK, self.w_o_DHK[...])
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x)."""
@@ -161,15 +156,18 @@ class Llama(nnx.Module):
         """
         rope = rope_table(positions(tokens_BL, segments_BL), self.config.head_dim, self.config.rope_theta)
 
+        def attend(*qkv):  # causal, over the sequence itself
+            return attention(*qkv, segments_BL, implementation=compute.attention)
+
         def layer(x_BLD, block):
-            return block(x_BLD, rope, segments_BL, compute), None
+            return block(x_BLD, rope, attend), None
 
         x_BLD = embed(self.table_VD[...], tokens_BL, compute.dtype)
         x_BLD, _ = jax.lax.scan(rematerialised(layer, compute.remat), x_BLD, self.blocks)
         return rms_norm(x_BLD, self.norm_D[...], self.config.norm_eps)
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Scores of every next token, [B, L, V] float32: for looking and for sampling; training uses `loss`."""
+        """Scores of every next token, [B, L, V] float32: for looking; training uses `loss`."""
         return linear('BLD,DV->BLV', x_BLD, self.head_DV[...]).astype(jnp.float32)
 
     def loss(self, x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:

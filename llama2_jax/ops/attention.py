@@ -67,33 +67,63 @@ def attention(
 
 
 def attention_with_cache(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, start_B: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes new keys and values into the cache at `start_B`, then attends to all up to each query's own place.
+    q_BLHK: jax.Array,
+    k_RGLK: jax.Array,
+    v_RGLK: jax.Array,
+    visible_LL: jax.Array,
+    cached_k_RGMK: jax.Array,
+    cached_v_RGMK: jax.Array,
+    length_R: jax.Array,
+    slot_R: jax.Array | None = None,
+) -> jax.Array:
+    """New tokens attend to what the cache holds, and to new keys and values that are not in it yet; on a mesh for decoding.
+
+    Every device works on its own rows and heads: queries, which are cut by heads alone, trade heads for rows first.
 
     Args:
-      q_BLHK, k_BLGK, v_BLGK: of the new tokens, rotated by their positions.
-      start_B: int32, places filled before.
-      k_BMGK, v_BMGK: the cache.
+      q_BLHK: queries, rotated by their positions.
+      k_RGLK, v_RGLK: new keys, rotated, and values: of the same tokens, or of some before them too.
+      visible_LL: bool, which of the new keys each query sees.
+      cached_k_RGMK, cached_v_RGMK: the cache.
+      length_R: int32, how many places of its cache a row sees.
+      slot_R: int32, the row of the cache (of the rows on this device) that belongs to each row; None: their own.
 
     Returns:
-      [B, L, H, K], and the cache with the new tokens in it.
+      [B, L, H, K] in the dtype of the queries.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return _cached(q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK)
-    names = ('BLHK', 'BLGK', 'BLGK', 'B', 'BMGK', 'BMGK')
-    in_specs, out_specs = (tuple(spec(name) for name in some) for some in (names, ('BLHK', 'BMGK', 'BMGK')))
-    return jax.shard_map(_cached, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK
+    new, cached, row = spec('RGLK'), spec('RGMK'), spec('R')
+    in_specs = (spec('BLHK'), new, new, spec('LL'), cached, cached, row, None if slot_R is None else row)
+    local = partial(_cached, shards=jax.sharding.get_abstract_mesh().shape['rows'])
+    sharded = jax.shard_map(local, in_specs=in_specs, out_specs=spec('BLHK'), check_vma=False)
+    return sharded(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, length_R, slot_R)
+
+
+def _cached(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, length_R, slot_R, shards):
+    if shards > 1:
+        q_BLHK = jax.lax.all_to_all(q_BLHK, 'rows', split_axis=0, concat_axis=2, tiled=True)
+    R, L, H, K = q_BLHK.shape
+    G, M = cached_k_RGMK.shape[1:3]
+    if slot_R is not None:
+        cached_k_RGMK, cached_v_RGMK = cached_k_RGMK[slot_R], cached_v_RGMK[slot_R]
+    q_RGPLK = (q_BLHK * K**-0.5).reshape(R, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    visible_RM = jnp.arange(M)[None] < length_R[:, None]
+    scores = jnp.concatenate(
+        [
+            _masked_scores(q_RGPLK, cached_k_RGMK, visible_RM[:, None, None, None]),
+            _masked_scores(q_RGPLK, k_RGLK, visible_LL[None, None, None]),
+        ],
+        axis=-1,
     )
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_RGLK.dtype)
+    out_RGPLK = jnp.einsum('RGPLM,RGMK->RGPLK', weights[..., :M], cached_v_RGMK)
+    out_RGPLK += jnp.einsum('RGPLM,RGMK->RGPLK', weights[..., M:], v_RGLK)
+    out_RLHK = out_RGPLK.transpose(0, 3, 1, 2, 4).reshape(R, L, H, K)
+    return jax.lax.all_to_all(out_RLHK, 'rows', split_axis=2, concat_axis=0, tiled=True) if shards > 1 else out_RLHK
 
 
-def _cached(q_BLHK, k_BLGK, v_BLGK, start_B, k_BMGK, v_BMGK):
-    write = jax.vmap(lambda cache, new, start: jax.lax.dynamic_update_slice(cache, new, (start, 0, 0)))
-    k_BMGK, v_BMGK = write(k_BMGK, k_BLGK, start_B), write(v_BMGK, v_BLGK, start_B)
-    places_BL = start_B[:, None] + jnp.arange(q_BLHK.shape[1])[None]
-    visible_BLM = jnp.arange(k_BMGK.shape[1])[None, None] <= places_BL[:, :, None]
-    return _attend(q_BLHK, k_BMGK, v_BMGK, visible_BLM), k_BMGK, v_BMGK
+def _masked_scores(q_RGPLK, k_RGMK, visible):
+    scores = jnp.einsum('RGPLK,RGMK->RGPLM', q_RGPLK, k_RGMK, preferred_element_type=jnp.float32)
+    return jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
 
 
 def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM: jax.Array | None, shards: int) -> jax.Array:
@@ -165,16 +195,6 @@ def _blockwise_backward(aligned, residuals, dout_BGRLK):
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-def _attend(q_BLHK, k_BMGK, v_BMGK, visible_BLM):
-    B, L, H, K = q_BLHK.shape
-    G = k_BMGK.shape[2]
-    q_BLGRK = (q_BLHK * K**-0.5).reshape(B, L, G, H // G, K)
-    scores = jnp.einsum('BLGRK,BMGK->BGRLM', q_BLGRK, k_BMGK, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BLM[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMGK.dtype)
-    return jnp.einsum('BGRLM,BMGK->BLGRK', weights, v_BMGK).reshape(B, L, H, K)
 
 
 def _cudnn(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):

@@ -17,9 +17,9 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: str) -> jax.Array:
 def _embed(table_VD, tokens_BL, dtype, vocabulary):
     local = partial(_lookup, dtype=dtype)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(table_VD, tokens_BL, axes=None)
+        return local(table_VD, tokens_BL, vocabulary_axes=None, axes=None)
     table_spec = parameter_spec('table_VD')
-    local = partial(local, axes=table_spec[1])
+    local = partial(local, vocabulary_axes=table_spec[0], axes=table_spec[1])
     return jax.shard_map(local, in_specs=(table_spec, spec('BL')), out_specs=spec('BLD'), check_vma=False)(table_VD, tokens_BL)
 
 
@@ -29,10 +29,10 @@ def _forward(table_VD, tokens_BL, dtype, vocabulary):
 
 def _backward(dtype, vocabulary, tokens_BL, dx_BLD):
     if jax.sharding.get_abstract_mesh().empty:
-        return _scatter(tokens_BL, dx_BLD, rows=vocabulary, axes=None), None
+        return _scatter(tokens_BL, dx_BLD, rows=vocabulary, vocabulary_axes=None, axes=None), None
     table_spec = parameter_spec('table_VD')
     rows = vocabulary // jax.sharding.get_abstract_mesh().shape['tensor']
-    local = partial(_scatter, rows=rows, axes=table_spec[1])
+    local = partial(_scatter, rows=rows, vocabulary_axes=table_spec[0], axes=table_spec[1])
     sharded = jax.shard_map(local, in_specs=(spec('BL'), spec('BLD')), out_specs=table_spec, check_vma=False)
     return sharded(tokens_BL, dx_BLD), None
 
@@ -41,23 +41,23 @@ _embed.defvjp(_forward, _backward)
 
 
 def _local_rows(tokens_BL, rows, axes):
-    """Row numbers in this shard of the vocabulary; rows of other shards become `rows`, one past the end."""
-    local = tokens_BL - (jax.lax.axis_index('tensor') * rows if axes is not None else 0)
+    """Row numbers in this shard of the vocabulary, which `axes` cut; rows of other shards become `rows`, one past the end."""
+    local = tokens_BL - (jax.lax.axis_index(axes) * rows if axes else 0)
     return jnp.where((local >= 0) & (local < rows), local, rows)
 
 
-def _lookup(table_VD, tokens_BL, *, dtype, axes):
+def _lookup(table_VD, tokens_BL, *, dtype, vocabulary_axes, axes):
     table_VD = table_VD.astype(dtype)
-    if axes is not None:
+    if axes:
         table_VD = jax.lax.all_gather(table_VD, axes, axis=1, tiled=True)
-    x_BLD = table_VD.at[_local_rows(tokens_BL, table_VD.shape[0], axes)].get(mode='fill', fill_value=0)
-    return x_BLD if axes is None else jax.lax.psum(x_BLD, 'tensor')
+    x_BLD = table_VD.at[_local_rows(tokens_BL, table_VD.shape[0], vocabulary_axes)].get(mode='fill', fill_value=0)
+    return jax.lax.psum(x_BLD, vocabulary_axes) if vocabulary_axes else x_BLD
 
 
-def _scatter(tokens_BL, dx_BLD, *, rows, axes):
-    ids_BL = _local_rows(tokens_BL, rows, axes)
+def _scatter(tokens_BL, dx_BLD, *, rows, vocabulary_axes, axes):
+    ids_BL = _local_rows(tokens_BL, rows, vocabulary_axes)
     gradient_VD = jnp.zeros((rows, dx_BLD.shape[-1]), jnp.float32).at[ids_BL].add(dx_BLD.astype(jnp.float32), mode='drop')
-    if axes is None:
+    if not axes:
         return gradient_VD
     gradient_VD = jax.lax.psum(gradient_VD.astype(dx_BLD.dtype), 'replica')
     return jax.lax.psum_scatter(gradient_VD, axes, scatter_dimension=1, tiled=True).astype(jnp.float32)

@@ -1,6 +1,8 @@
 """Activations times a parameter: gathered when it is used, its gradient scattered back where it rests."""
 
+import dataclasses
 from functools import partial
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,37 @@ from jax.sharding import PartitionSpec as P
 from llama2_jax.mesh import DATA_AXES, GATHERED, PARAMETERS, gather, spec
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A matrix in eight bits, for decoding: values × scales.
+
+    Attributes:
+      values: int8 [D, X], X all axes but D: with more of them a TPU would write the matrix out in the compute dtype first.
+      scales: float32, one for each output of a product, [D] or [X].
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    shape: tuple[int, ...] = dataclasses.field(metadata={'static': True})  # of the axes that X stands for
+
+    def __getitem__(self, index: EllipsisType) -> 'Int8':  # modules read a parameter as `w[...]`
+        return self
+
+
+def quantize(weight: jax.Array, sums_D: bool) -> Int8:
+    """Rounds a matrix [D, …] to eight bits, symmetrically, with one scale for each output.
+
+    `sums_D`: products sum over D, else over the other axes.
+    """
+    shape = weight.shape[1:]
+    weight = weight.reshape(len(weight), -1).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(weight), axis=0 if sums_D else 1, keepdims=True)
+    scales = jnp.where(largest > 0, largest / 127, 1)
+    return Int8(jnp.round(weight / scales).astype(jnp.int8), scales.reshape(-1), shape)
+
+
+def linear(expression: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
     """einsum(expression, x, weight), the letters placing every array (`mesh`).
 
     Args:
@@ -21,6 +52,22 @@ def linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns:
       Activations in the compute dtype.
     """
+    return _linear_int8(expression, x, weight) if isinstance(weight, Int8) else _linear(expression, x, weight)
+
+
+def _linear_int8(expression, x, weight):
+    before, letters, out = _letters(expression)
+    flat = 'BLD,DX->BLX' if before == 'BLD' else 'BLX,DX->BLD'
+    x = x.reshape(*x.shape[:2], -1)
+    # A scale belongs to an output, so it can wait for the product, and the weights are read as the bytes they are.
+    values = weight.values.astype(x.dtype)
+    y = jnp.einsum(flat, x, values, out_sharding=P(*spec(out)[:3]), preferred_element_type=jnp.float32)
+    y = (y * weight.scales[None, None]).astype(x.dtype)
+    return y if out == 'BLD' else y.reshape((*y.shape[:2], *weight.shape), out_sharding=spec(out))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     _, letters, out = _letters(expression)
     return jnp.einsum(expression, x, gather(weight.astype(x.dtype), letters), out_sharding=spec(out))
 
@@ -31,7 +78,7 @@ def _letters(expression: str) -> tuple[str, str, str]:
 
 
 def _forward(expression, x, weight):
-    return linear(expression, x, weight), (x, weight)
+    return _linear(expression, x, weight), (x, weight)
 
 
 def _backward(expression, residuals, dy):
@@ -48,4 +95,4 @@ def _backward(expression, residuals, dy):
     return dx, jax.sharding.reshard(dweight, spec(letters, PARAMETERS)).astype(weight.dtype)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import jax
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.pretrain import Batch, PretrainData
-from llama2_jax.model.generate import generate
+from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute
 from llama2_jax.runtime import is_main_process, say
 from llama2_jax.text.tokenizer import Tokenizer
@@ -54,14 +54,13 @@ def make_sample(prompts: tuple[str, ...], config: ModelConfig, compute: Compute,
       UserError: a prompt fills the model's context.
     """
     prompts = [tokenizer.encode(prompt, bos=True, eos=False) or [tokenizer.bos_id] for prompt in prompts]
-    length = min(128, config.context - max(map(len, prompts)))
-    if length < 1:
+    if max(map(len, prompts)) >= config.context:
         raise UserError(f'The longest of prompts fills the context of {config.context} tokens.')
-    settings = {'eos_id': tokenizer.eos_id, 'temperature': 0.8, 'top_p': 0.95, 'dtype': compute.dtype}
+    requests = [Request(prompt, max_new_tokens=128, temperature=0.8, top_p=0.95) for prompt in prompts]
 
     def sample(state: State) -> str:
-        rows = generate(state.params, prompts, length, **settings)
-        texts = [tokenizer.decode(prompt + row) for prompt, row in zip(prompts, rows, strict=True)]
+        engine = Engine(state.params, tokenizer, batch_size=len(requests), dtype=compute.dtype)
+        texts = [tokenizer.decode(prompt) + new.text for prompt, [new] in zip(prompts, engine.generate(requests), strict=True)]
         return '\n\n'.join(f'> {text}'.replace('\n', '\n> ') for text in texts)
 
     return sample

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from llama2_jax.config import UserError
-from llama2_jax.mesh import parameter_letters
+from llama2_jax.mesh import parameter_letters, parameter_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,6 @@ def decays(parameters: Any) -> Any:
         return len(parameter_letters(parameter_name(path))) > 1
 
     return jax.tree_util.tree_map_with_path(of, parameters)
-
-
-def parameter_name(path: tuple[Any, ...]) -> str:
-    """The attribute that holds a parameter, from its path in the tree: 'w_q_DHK'."""
-    return next(key.name for key in reversed(path) if getattr(key, 'name', 'value') != 'value')
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
