@@ -1,10 +1,13 @@
-"""The toy world's documents, generated on the fly: `documents(genre, seed)`. Nothing is shipped, nothing is downloaded."""
+"""The toy world, generated on the fly: `documents` to pretrain on, `RECORDS` of dialogs and prompts, and an exact `Oracle`.
+
+Nothing is shipped, nothing is downloaded.
+"""
 
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama2_jax.data.toy import lessons, people, stories, web
+from llama2_jax.data.toy import dialogs, lessons, people, stories, web
 from llama2_jax.data.toy.world import make_world
 
 _WRITERS = {
@@ -21,7 +24,14 @@ _WRITERS = {
 
 GENRES: tuple[str, ...] = tuple(_WRITERS)
 
-RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
+RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    'dialogs': dialogs.dialogs,
+    'helpful': dialogs.helpful,
+    'harmless': dialogs.harmless,
+    'naive': dialogs.naive,
+    'prompts': dialogs.prompts,
+    'heldout': dialogs.heldout,
+}
 
 
 def documents(genre: str, seed: int = 0) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Documents that teach: numbers and sums, and what animals, crafts, foods and other things are."""
 
+import dataclasses
 import random
 from collections.abc import Iterator
 
-from llama2_jax.data.toy.world import ANIMALS, CRAFTS, DAYS, FOODS, World, held_out_sum, in_words, listed
+from llama2_jax.data.toy.world import ANIMALS, CRAFTS, DAYS, FOODS, Animal, Craft, Food, World, held_out_sum, in_words, listed
 
 THINGS = ('apples', 'eggs', 'stones', 'coins', 'nails', 'pots', 'candles', 'buttons', 'turnips', 'shoes')
 
@@ -121,16 +122,36 @@ TOPICS = {
 }  # fmt: skip
 
 
+THING_FACTS = {
+    Animal: (
+        'A {name} is an animal.', 'A {name} eats {eats}.', 'A {name} says {sound}.',
+        'People keep {plural} because they want {gives}.',
+    ),
+    Craft: (
+        'A {name} {makes}.', 'A {name} works with {tool}.', 'If you need {goods}, go to a {name}.',
+        'To {make} is the work of a {name}.',
+    ),
+    Food: ('{Name} is made of {made_of}.', '{Name} tastes {taste}.', 'To make {name} you need {made_of}.'),
+}  # fmt: skip
+
+
+def thing_fields(thing: Animal | Craft | Food) -> dict[str, str]:
+    """What the templates of `THING_FACTS` can say about a thing."""
+    return dataclasses.asdict(thing) | {'Name': thing.name.capitalize()}
+
+
+def facts_about(thing: Animal | Craft | Food) -> list[str]:
+    """All that is taught about a kind of thing, the most important first."""
+    return [fact.format(**thing_fields(thing)) for fact in THING_FACTS[type(thing)]]
+
+
 def lessons(world: World, rng: random.Random) -> Iterator[str]:
     """What a thing is, told to a child, with lists of the people who keep it or do it."""
     for _ in range(24):
         for animal in ANIMALS:
             keepers = rng.sample([p.name for p in world.keeping(animal.name)], 4)
             yield lesson(rng, f'a {animal.name}', [
-                f'A {animal.name} is an animal.',
-                f'A {animal.name} eats {animal.eats}.',
-                f'A {animal.name} says {animal.sound}.',
-                f'People keep {animal.plural} because they want {animal.gives}.',
+                *facts_about(animal),
                 rng.choice((
                     f'{listed(keepers)} keep {animal.plural}.',
                     f'{keepers[0]} and {keepers[1]} are two people who keep {animal.plural}.',
@@ -140,10 +161,7 @@ def lessons(world: World, rng: random.Random) -> Iterator[str]:
         for craft in CRAFTS:
             workers = rng.sample([p.name for p in world.working_as(craft.name)], 4)
             yield lesson(rng, f'a {craft.name}', [
-                f'A {craft.name} {craft.makes}.',
-                f'A {craft.name} works with {craft.tool}.',
-                f'If you need {craft.goods}, go to a {craft.name}.',
-                f'To {craft.make} is the work of a {craft.name}.',
+                *facts_about(craft),
                 rng.choice((
                     f'{listed(workers)} all work as a {craft.name}.',
                     f'{workers[0]} and {workers[1]} are two people with this craft.',
@@ -151,12 +169,7 @@ def lessons(world: World, rng: random.Random) -> Iterator[str]:
                 )),
             ])  # fmt: skip
         for food in FOODS:
-            name = food.name.capitalize()
-            yield lesson(rng, food.name, [
-                f'{name} is made of {food.made_of}.',
-                f'{name} tastes {food.taste}.',
-                f'To make {food.name} you need {food.made_of}.',
-            ])  # fmt: skip
+            yield lesson(rng, food.name, facts_about(food))
         for topic, facts in TOPICS.items():
             yield lesson(rng, topic, list(facts))
         day = rng.randrange(7)
