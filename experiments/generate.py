@@ -7,7 +7,7 @@ import jax
 from absl import flags
 from common import tool
 
-from llama2_jax.convert.orbax import load_model
+from llama2_jax.convert.load import load_model
 from llama2_jax.mesh import MeshConfig, set_mesh
 from llama2_jax.model.generate import generate
 from llama2_jax.model.llama import Compute

@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import shutil
+import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
+import tensorstore as ts
 
 from llama2_jax.config import ModelConfig, UserError, from_dict
+from llama2_jax.convert.names import BLOCK, HEADS, Key, contiguous, keys, shape
+from llama2_jax.convert.source import DTYPES, Source, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
 from llama2_jax.model.llama import Llama
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.checkpoint import load_params, save_params
+from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params
 
 
 def save_model(directory: str | Path, model: Llama, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
@@ -36,9 +41,7 @@ def save_model(directory: str | Path, model: Llama, tokenizer: Tokenizer, proven
     barrier('model directory made')
     save_params(new / 'params', model)
     if is_main_process():
-        config = {'model': dataclasses.asdict(model.config), 'provenance': provenance}
-        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        (new / 'tokenizer.model').write_bytes(Path(tokenizer.path).read_bytes())
+        _write_rest(new, model.config, tokenizer.model, provenance)
         old = directory.with_name(directory.name + '.old')
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
@@ -48,18 +51,9 @@ def save_model(directory: str | Path, model: Llama, tokenizer: Tokenizer, proven
     barrier('model directory written')
 
 
-def load_model(directory: str | Path) -> tuple[Llama, Tokenizer]:
-    """The model, cut over the mesh that is set, and its tokenizer.
-
-    Raises:
-      UserError: something is missing or damaged, or the tokenizer does not belong to the model.
-    """
-    directory = Path(directory).absolute()
-    config = read_config(directory)
-    tokenizer = Tokenizer(directory)
-    check_vocabulary(tokenizer, config.vocab_size)
-    abstract = jax.eval_shape(partial(Llama, config), jax.random.key(0))
-    return load_params(directory / 'params', abstract), tokenizer
+def _write_rest(directory: Path, config: ModelConfig, tokenizer: bytes, provenance: Any) -> None:
+    (directory / 'tokenizer.model').write_bytes(tokenizer)
+    write_json(directory / 'config.json', {'model': dataclasses.asdict(config), 'provenance': dict(provenance)})
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -84,3 +78,115 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises a UserError where tokenizer and model disagree on the number of pieces."""
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f'{tokenizer.path} has {tokenizer.vocab_size} pieces, and the model has model.vocab_size={vocab_size}.')
+
+
+def open_orbax(path: Path) -> Source:
+    """Opens a model directory, to be read layer by layer.
+
+    Raises:
+      UserError: something is missing or damaged, or an array is missing, unknown or of another shape.
+    """
+    config = read_config(path)
+    params = path / 'params'
+    if not params.is_dir():
+        raise UserError(f'There are no parameters to read: {params} does not exist.')
+    try:
+        listed = ts.KvStore.open(_store(params)).result().list().result()
+        names = [key.decode().removesuffix('/.zarray') for key in listed if key.endswith(b'/.zarray')]
+        arrays = {name.rpartition('.')[2]: ts.open(_array(params, name), open=True).result() for name in names}
+    except ValueError as error:
+        raise _damage(params, error) from None
+    head = next((name for name in HEADS if name in arrays), 'head_DV')
+    wanted = {name for name, _ in keys(config, head)}
+    for name in arrays:
+        if name not in wanted:
+            raise UserError(f'{params} holds {name!r}, which is not wanted; {nearest_name(name, wanted)}')
+    for name in wanted:
+        if name not in arrays:
+            raise UserError(f'{params} holds no {name!r}; {nearest_name(name, arrays)}')
+        full = (config.layers, *shape(name, config)) if name in BLOCK else shape(name, config)
+        if arrays[name].shape != full:
+            raise UserError(f'{params}: {name!r} has the shape {list(arrays[name].shape)}, not {list(full)}.')
+        if (dtype := arrays[name].dtype.numpy_dtype) not in DTYPES.values():
+            raise UserError(f'{params}: {name!r} is of {dtype}; valid: {", ".join(DTYPES)}.')
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        array = arrays[name] if layer is None else arrays[name][layer]
+        try:
+            return array.read().result()
+        except ValueError as error:
+            raise _damage(params, error) from None
+
+    dtype = common_dtype(array.dtype.numpy_dtype for array in arrays.values())
+    provenance = read_json(path / 'config.json').get('provenance') or {}
+    return Source(path, 'orbax', config, dtype, head, read, partial(tokenizer_beside, path), provenance)
+
+
+def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tuple[Key, np.ndarray]]) -> None:
+    """Writes a model directory, one layer's tensor at a time, which Orbax itself does not: it wants whole arrays in memory.
+
+    The arrays go through TensorStore into the files that Orbax would write, with its metadata; Orbax restores them.
+
+    Args:
+      path: exists and is empty.
+      model: for all but the tensors.
+      dtype: of the tensors.
+      stream: the tensors in the order of `names.keys`.
+    """
+    config, params = model.config, path / 'params'
+    layers = {name: config.layers if name in BLOCK else None for name, _ in keys(config, model.head)}
+    context = ts.Context()  # one, or every array would keep an index of its own and overwrite the others'
+    arrays = {name: _create(params, name, count, shape(name, config), dtype, context) for name, count in layers.items()}
+    for (name, layer), array in stream:
+        target = arrays[name] if layer is None else arrays[name][layer]
+        target.write(contiguous(array)).result()
+    entries = {}
+    for name, array in arrays.items():
+        parts = _dotted(name).split('.')
+        key = f'({", ".join(map(repr, parts))}{"," if len(parts) == 1 else ""})'
+        entries[key] = {
+            'key_metadata': [{'key': part, 'key_type': 2} for part in parts],
+            'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(array.shape)},
+        }
+    metadata = {'tree_metadata': entries, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
+    write_json(params / '_METADATA', metadata | {'store_array_data_equal_to_fill_value': True})
+    handler = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
+    now = time.time_ns()
+    stamps = {'init_timestamp_nsecs': now, 'commit_timestamp_nsecs': now}
+    write_json(params / '_CHECKPOINT_METADATA', {'item_handlers': handler, 'metrics': {}, 'custom_metadata': {}} | stamps)
+    _write_rest(path, config, model.tokenizer(), model.provenance)
+
+
+def _dotted(name: str) -> str:
+    """An array's name on disk."""
+    return f'blocks.{name}' if name in BLOCK else name
+
+
+def _store(params: Path) -> dict[str, Any]:
+    return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{params.absolute()}/'}}
+
+
+def _array(params: Path, dotted: str) -> dict[str, Any]:
+    return {'driver': 'zarr', 'kvstore': _store(params) | {'path': f'{dotted}/'}}
+
+
+def _create(
+    params: Path, name: str, layers: int | None, shape: tuple[int, ...], dtype: np.dtype, context: ts.Context
+) -> ts.TensorStore:
+    """A new array, in pieces of a layer or, where that is large, of parts along its first axis."""
+    row = int(np.prod(shape[1:])) * dtype.itemsize
+    rows = next((n for n in range(shape[0], 0, -1) if shape[0] % n == 0 and n * row <= CHUNK_BYTES), 1)
+    stacked = () if layers is None else (layers,)
+    metadata = {
+        'shape': [*stacked, *shape],
+        'chunks': [*(1 for _ in stacked), rows, *shape[1:]],
+        'dtype': 'bfloat16' if dtype.name == 'bfloat16' else dtype.str,
+        'compressor': None,  # random-looking numbers shrink by a tenth, and take several times as long to write
+    }
+    spec = _array(params, _dotted(name)) | {'metadata': metadata, 'store_data_equal_to_fill_value': True}
+    return ts.open(spec, create=True, context=context).result()
+
+
+def _damage(params: Path, error: Exception) -> UserError:
+    reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}'
+    return UserError(f'The parameters in {params} are damaged or incomplete ({reason}).')

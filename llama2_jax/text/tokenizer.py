@@ -60,6 +60,18 @@ class Tokenizer:
         self.path = state['path']
         self._load(state['model'])
 
+    @classmethod
+    def from_bytes(cls, model: bytes, path: str | os.PathLike = FILE_NAME) -> 'Tokenizer':
+        """From the content of a model file; `path` is what errors call it."""
+        tokenizer = cls.__new__(cls)
+        tokenizer.__setstate__({'path': os.fspath(path), 'model': model})
+        return tokenizer
+
+    @property
+    def model(self) -> bytes:
+        """The content of the model file."""
+        return self._model
+
     @property
     def fingerprint(self) -> str:
         """A short hash of the model file: two tokenizers with the same one give the same ids."""

@@ -20,6 +20,9 @@ from llama2_jax.config import UserError, nearest
 from llama2_jax.runtime import barrier
 from llama2_jax.train.workdir import no_space_is_said
 
+# An array lies on disk in pieces of at most so many bytes that are whole layers or parts of one: it is read layer by layer, and by
+# many hosts, without reading what is not wanted.
+CHUNK_BYTES = 32 * 2**20
 Tree = Any  # a pytree of arrays; an nnx.Module is one
 
 
@@ -63,21 +66,23 @@ def save_params(directory: str | Path, params: Tree) -> None:
       UserError: no space is left.
     """
     directory = Path(directory).absolute()
+    tree = to_dict(params)
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), tree)
     with no_space_is_said(directory), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, to_dict(params), force=True)
+        checkpointer.save(directory, tree, save_args=pieces, force=True)
 
 
 def load_params(directory: str | Path, abstract: Tree) -> Tree:
-    """Reads what `save_params` wrote, as the tree and onto the shardings of `abstract` (of `jax.eval_shape`, say).
+    """Reads what `save_params` wrote, as the tree and onto the shardings of `abstract` (of `jax.eval_shape`, say), cast to its dtypes.
 
     Raises:
-      UserError: nothing is there, it is damaged, or a name, shape or dtype differs (the first one is named).
+      UserError: nothing is there, it is damaged, or a name or shape differs (the first one is named).
     """
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise UserError(f'There are no parameters to read: {directory} does not exist.')
     with _damage_is_said(f'The parameters in {directory} are damaged or incomplete'):
-        return _read(directory, on_mesh(abstract))
+        return _read(directory, on_mesh(abstract), cast=True)
 
 
 class Checkpoints:
@@ -225,21 +230,21 @@ def _on_device(leaf: jax.Array) -> jax.Array:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind('device')) if offloaded else leaf
 
 
-def _read(directory: Path, abstract: Tree) -> Tree:
+def _read(directory: Path, abstract: Tree, cast: bool = False) -> Tree:
     # A handler and not a Checkpointer: that one waits for all processes after reading, in vain if one of them failed.
     handler = ocp.StandardCheckpointHandler()
-    _check_same(directory, dict(_flat(handler.metadata(directory).tree)), abstract)
+    _check_same(directory, dict(_flat(handler.metadata(directory).tree)), abstract, cast)
     restored = dict(_flat(handler.restore(directory, args=ocp.args.StandardRestore(to_dict(abstract)))))
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in names(abstract)])
 
 
-def _check_same(directory: Path, stored: Mapping[str, Any], abstract: Tree) -> None:
+def _check_same(directory: Path, stored: Mapping[str, Any], abstract: Tree, cast: bool) -> None:
     wanted = dict(zip(names(abstract), jax.tree.leaves(abstract), strict=True))
     for name, leaf in wanted.items():
         if name not in stored:
             raise UserError(f'{directory} holds no {name!r}; {nearest(name, stored)}')
         ours, theirs = (f'{jnp.dtype(side.dtype).name}{list(side.shape)}' for side in (leaf, stored[name]))
-        if ours != theirs:
+        if leaf.shape != tuple(stored[name].shape) or (ours != theirs and not cast):
             raise UserError(f'{directory}: {name!r} is {theirs}, and {ours} is wanted.')
     if extra := [name for name in stored if name not in wanted]:
         raise UserError(f'{directory} holds {extra[0]!r}, which is not wanted; {nearest(extra[0], wanted)}')

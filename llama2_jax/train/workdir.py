@@ -87,7 +87,7 @@ def no_space_is_said(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _out_of_space(error):
+        if not out_of_space(error):
             raise
         raise UserError(
             f'No space left while writing to {directory}: the checkpoints already there are intact; '
@@ -95,7 +95,8 @@ def no_space_is_said(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _out_of_space(error: BaseException | None) -> bool:
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is a lack of disk space."""
     # TensorStore reports the system's error as the text of a ValueError, and Orbax wraps errors of its threads.
     while error is not None:
         texts = [os.strerror(code) for code in _NO_SPACE]

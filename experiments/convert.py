@@ -1,0 +1,52 @@
+"""Converts a model between formats, or compares two models: a model directory, Hugging Face's, Meta's, or a .gguf file.
+
+python experiments/convert.py --input=Llama-2-7b-hf --output=llama2-7b
+python experiments/convert.py --input=run/model --output=out-hf --to=hf --dtype=bfloat16
+python experiments/convert.py --input=run/model --output=out-pth --to=meta --shards=8
+python experiments/convert.py --input=run/model --output=model.gguf --to=gguf --dtype=q8_0
+python experiments/convert.py --input=run/model --against=out-hf
+"""
+
+import sys
+
+from absl import flags
+from common import tool
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.convert.load import open_model
+from llama2_jax.convert.llamacpp import QUANTISED
+from llama2_jax.convert.source import DTYPES
+from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
+
+INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)
+OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
+TO = flags.DEFINE_enum('to', 'orbax', FORMS, 'Format to write; orbax is the model directory of this package.')
+DTYPE = flags.DEFINE_enum('dtype', None, [*DTYPES, QUANTISED], "Of the parameters; the input's by default. q8_0: gguf only.")
+SHARDS = flags.DEFINE_enum('shards', '1', ['1', '2', '4', '8'], 'Model-parallel shards, for meta.')
+AGAINST = flags.DEFINE_string('against', None, 'Compare the input with this model: weights, and logits where memory allows.')
+
+
+def run() -> None:
+    """Converts or compares; exit code 1 where two models differ."""
+    if (OUTPUT.value is None) == (AGAINST.value is None):
+        raise UserError('Give either --output (to convert) or --against (to compare).')
+    source = open_model(INPUT.value)
+    with tqdm(total=bytes_of(source), unit='B', unit_scale=True, disable=None) as bar:
+        if OUTPUT.value:
+            convert(source, OUTPUT.value, TO.value, DTYPE.value, int(SHARDS.value), bar.update)
+        else:
+            result = compare(source, open_model(AGAINST.value), bar.update)
+    if OUTPUT.value:
+        print(f'{INPUT.value} ({source.form}) is written to {OUTPUT.value} ({TO.value}).')
+        return
+    for (name, layer), difference in result.differences.items():
+        print(f'{name}{"" if layer is None else f" of layer {layer}"}: differs by up to {difference:.3g}')
+    print(f'Logits: {"not compared, " + result.reason if result.logits is None else f"differ by up to {result.logits:.3g}"}.')
+    if result.differences:
+        sys.exit(f'{len(result.differences)} tensors differ.')
+    print('All weights are equal.')
+
+
+if __name__ == '__main__':
+    tool(run)

@@ -1,0 +1,111 @@
+"""Models of any format onto the mesh: `load_model` for stages and tools, `open_model` for what reads tensor by tensor."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama2_jax.config import UserError
+from llama2_jax.convert.huggingface import open_huggingface
+from llama2_jax.convert.llamacpp import open_gguf
+from llama2_jax.convert.meta import open_meta
+from llama2_jax.convert.names import BLOCK
+from llama2_jax.convert.orbax import check_vocabulary, open_orbax
+from llama2_jax.convert.source import DTYPES, Source, read_json
+from llama2_jax.mesh import parameter_name
+from llama2_jax.model.llama import Llama
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.train.checkpoint import load_params, on_mesh
+
+
+def open_model(path: str | Path) -> Source:
+    """Opens a model directory, one of Hugging Face's or of Meta's, or a .gguf file; which it is shows in what it holds.
+
+    Raises:
+      UserError: it is none of them, or its reader found something missing, damaged or unknown.
+    """
+    check_local(path)
+    path = Path(path).absolute()
+    if not path.exists():
+        raise UserError(f'There is no model at {path}.')
+    if path.is_file():
+        if path.suffix != '.gguf':
+            raise UserError(f'{path} is no model: the one format that is a single file is .gguf.')
+        return open_gguf(path)
+    if any(path.glob('consolidated.*.pth')):
+        return open_meta(path)
+    if (path / 'config.json').is_file():
+        return open_huggingface(path) if 'model_type' in read_json(path / 'config.json') else open_orbax(path)
+    files = sorted(path.glob('*.gguf'))
+    if files:
+        raise UserError(f'{path} holds {files[0].name}: give the file itself.')
+    raise UserError(f'{path} is not a model directory: it has no config.json, consolidated.*.pth or .gguf file.')
+
+
+def check_local(path: str | Path) -> None:
+    """Raises a UserError for a bucket's address."""
+    if '://' in str(path):
+        raise UserError(f'{path}: a bucket must be mounted (with gcsfuse, say) and given as a path.')
+
+
+def load_model(path: str | Path, dtype: str | None = None) -> tuple[Llama, Tokenizer]:
+    """A language model of any format, cut over the mesh that is set, and its tokenizer. Every process calls it.
+
+    Args:
+      path: as for `open_model`.
+      dtype: of the parameters, such as 'float32' for training; None keeps that of the files.
+
+    Raises:
+      UserError: what `open_model` raises, a reward model, or a tokenizer that does not belong to the model.
+    """
+    source = open_model(path)
+    if source.head != 'head_DV':
+        raise UserError(f'{path} is a reward model: it gives scores, not next tokens.')
+    tokenizer = tokenizer_of(source)
+    abstract = jax.eval_shape(partial(Llama, source.config), jax.random.key(0))
+    return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer
+
+
+def tokenizer_of(source: Source) -> Tokenizer:
+    """The tokenizer of an opened model.
+
+    Raises:
+      UserError: there is none, or it has another number of pieces than the model.
+    """
+    beside = source.path / 'tokenizer.model'
+    tokenizer = Tokenizer.from_bytes(source.tokenizer(), beside if beside.is_file() else source.path)
+    check_vocabulary(tokenizer, source.config.vocab_size)
+    return tokenizer
+
+
+def load_tree(source: Source, abstract: Any, dtype: np.dtype) -> Any:
+    """The parameters as the tree and onto the shardings of `abstract`, whose leaves are named as in `names.TABLE`.
+
+    A model directory is read by Orbax, each host its own parts. Of other formats a host holds one layer's tensor at a time.
+    """
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), on_mesh(abstract))
+    if source.form == 'orbax':
+        return load_params(source.path / 'params', abstract)
+
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = parameter_name(path)
+        if name not in BLOCK:
+            return _place(source.read(name, None), leaf.sharding).astype(dtype)
+        stack = jax.jit(partial(jnp.zeros, leaf.shape, dtype), out_shardings=leaf.sharding)()
+        for layer in range(source.config.layers):
+            stack = _set_layer(stack, _place(source.read(name, layer)[None], leaf.sharding), layer)
+        return stack
+
+    return jax.tree_util.tree_map_with_path(load, abstract)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, block: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, block.astype(stack.dtype), layer, axis=0)

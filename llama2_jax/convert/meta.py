@@ -1,0 +1,173 @@
+"""Meta's format: consolidated.00.pth, …, one file a model-parallel shard, with params.json and tokenizer.model."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama2_jax.config import ModelConfig, UserError, hidden_size, nearest
+from llama2_jax.convert.names import Key, cut_axis, from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.source import (
+    Source,
+    Stored,
+    check_tensors,
+    common_dtype,
+    read_json,
+    tokenizer_beside,
+    write_json,
+)
+from llama2_jax.convert.torchfile import TorchFile, tensors_in
+
+IGNORED = ('rope.freqs',)  # a buffer that Meta's code computes anew
+CONTEXT = 4096  # params.json does not say it
+FIELDS = ('dim', 'n_layers', 'n_heads', 'n_kv_heads', 'vocab_size', 'multiple_of', 'ffn_dim_multiplier', 'norm_eps', 'rope_theta')
+
+
+def open_meta(path: Path) -> Source:
+    """Opens a directory of Meta's.
+
+    Raises:
+      UserError: params.json or a shard is missing or damaged, or a tensor is missing, unknown or of another shape.
+    """
+    files = sorted(path.glob('consolidated.*.pth'))
+    expected = [f'consolidated.{i:02d}.pth' for i in range(len(files))]
+    for wanted, file in zip(expected, files, strict=True):
+        if file.name != wanted:
+            raise UserError(f'{path} has {file.name} but no {wanted}: a shard is missing.')
+    shards = [{name: stored for name, stored in tensors_in(file).items() if name not in IGNORED} for file in files]
+    config = _read_params(path, shards[0])
+    check_shards(config, len(files), str(path))
+    wanted = their_names(config, 'head_DV', 'meta')
+    for shard, file in zip(shards, files, strict=True):
+        check_tensors(shard, wanted, config, len(files), file)
+    return Source(
+        path,
+        'meta',
+        config,
+        common_dtype(stored.dtype for shard in shards for stored in shard.values()),
+        'head_DV',
+        partial(_read, {key: [shard[name] for shard in shards] for name, key in wanted.items()}, config),
+        partial(tokenizer_beside, path),
+        {'stage': 'convert', 'parent': str(path), 'step': None},
+    )
+
+
+def _read(tensors: dict[Key, list[Stored]], config: ModelConfig, name: str, layer: int | None) -> np.ndarray:
+    parts, axis = tensors[name, layer], cut_axis(name)
+    if axis is None or len(parts) == 1:
+        matrix = parts[0].read()
+        for part in parts[1:]:
+            if not np.array_equal(matrix, part.read()):
+                raise UserError(f'{part.path} and {parts[0].path} hold different values of {name!r}, of which each has a copy.')
+    else:
+        matrix = np.concatenate([part.read() for part in parts], axis)
+    return from_theirs(name, matrix, config, 'meta')
+
+
+def _read_params(path: Path, tensors: dict[str, Stored]) -> ModelConfig:
+    file = path / 'params.json'
+    params = {name: value for name, value in read_json(file).items() if value is not None}
+    if unknown := [name for name in params if name not in FIELDS]:
+        raise UserError(f'{file}: field {unknown[0]!r} is not of a LLaMA 2 model; {nearest(unknown[0], FIELDS)}')
+    for name in ('dim', 'n_layers', 'n_heads'):
+        if name not in params:
+            raise UserError(f'{file}: field {name!r} is missing.')
+    for name, value in params.items():
+        floats = ('ffn_dim_multiplier', 'norm_eps', 'rope_theta')
+        if isinstance(value, bool) or not isinstance(value, (int, float) if name in floats else int):
+            raise UserError(f'{file}: field {name!r} is {value!r}, which is not a number of its kind.')
+    vocab_size = params.get('vocab_size', -1)
+    table = 'tok_embeddings.weight'
+    if vocab_size == -1:  # Meta's code takes it from the tokenizer
+        if table not in tensors:
+            raise UserError(f'{path}: tensor {table!r} is missing, and params.json does not tell the size of the vocabulary.')
+        vocab_size = tensors[table].shape[0]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        dim=params['dim'],
+        layers=params['n_layers'],
+        heads=params['n_heads'],
+        kv_heads=params.get('n_kv_heads', params['n_heads']),
+        head_dim=params['dim'] // params['n_heads'],
+        hidden=hidden_size(params['dim'], params.get('multiple_of', 256), params.get('ffn_dim_multiplier')),
+        context=CONTEXT,
+        norm_eps=params.get('norm_eps', 1e-5),
+        rope_theta=float(params.get('rope_theta', 10_000.0)),
+    )
+
+
+def check_shards(config: ModelConfig, shards: int, where: str) -> None:
+    """Raises a UserError where a model cannot be cut into so many shards."""
+    sizes = {name: getattr(config, name) for name in ('heads', 'kv_heads', 'hidden', 'dim', 'vocab_size')}
+    for name, size in sizes.items():
+        if size % shards:
+            raise UserError(f'{where}: model.{name}={size} cannot be cut into {shards} shards.')
+
+
+def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tuple[Key, np.ndarray]], shards: int) -> None:
+    """Writes a directory of Meta's.
+
+    Args:
+      path: exists and is empty.
+      model: for all but the tensors.
+      dtype: of the tensors.
+      stream: the tensors in the order of `names.keys`.
+      shards: model-parallel shards.
+
+    Raises:
+      UserError: the model cannot be cut so, or its head size is not the one that Meta's code takes.
+    """
+    config = model.config
+    params = make_params(config)
+    check_shards(config, shards, f'--shards={shards}')
+    shapes = {name: their_shape(key[0], config, shards) for name, key in their_names(config, model.head, 'meta').items()}
+    files = [TorchFile(path / f'consolidated.{i:02d}.pth', shapes, dtype) for i in range(shards)]
+    for (name, _), array in stream:
+        matrix, axis = to_theirs(name, array, config, 'meta'), cut_axis(name)
+        parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
+        for file, part in zip(files, parts, strict=True):
+            file.write(np.ascontiguousarray(part))
+    for file in files:
+        file.close()
+    (path / 'tokenizer.model').write_bytes(model.tokenizer())
+    write_json(path / 'params.json', params)
+
+
+def make_params(config: ModelConfig) -> dict[str, Any]:
+    """The content of params.json.
+
+    >>> make_params(MODELS['70b'])['multiple_of'], make_params(MODELS['70b'])['ffn_dim_multiplier']
+    (4096, 1.3)
+
+    Raises:
+      UserError: the head size is not dim / heads.
+    """
+    if config.heads * config.head_dim != config.dim:
+        raise UserError(
+            f"Meta's format cannot hold model.head_dim={config.head_dim}: it takes dim / heads = {config.dim}/{config.heads}."
+        )
+    multiplier, multiple_of = _rule_for(config.dim, config.hidden)
+    params = {
+        'dim': config.dim,
+        'n_layers': config.layers,
+        'n_heads': config.heads,
+        'n_kv_heads': config.kv_heads,
+        'vocab_size': config.vocab_size,
+        'multiple_of': multiple_of,
+        'norm_eps': config.norm_eps,
+    }
+    if multiplier is not None:
+        params['ffn_dim_multiplier'] = multiplier
+    if config.rope_theta != 10_000:  # LLaMA 2's code has no such field; Code Llama's has
+        params['rope_theta'] = config.rope_theta
+    return params
+
+
+def _rule_for(dim: int, hidden: int) -> tuple[float | None, int]:
+    """Multiplier and multiple that make `hidden`: those of the published models where they do."""
+    for multiplier, multiple_of in [(None, 256), (1.3, 4096), *((None, 2**i) for i in range(12, -1, -1))]:
+        if hidden_size(dim, multiple_of, multiplier) == hidden:
+            return multiplier, multiple_of
+    return (hidden + 0.5) / int(8 * dim / 3), 1

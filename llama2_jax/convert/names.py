@@ -1,0 +1,158 @@
+"""One table of names: our parameters, and what Meta, Hugging Face and llama.cpp (GGUF) call them.
+
+The three others store matrices as [out, in], the axes in the order of `letters`, with heads and head size as one axis. Their RoPE
+differs in which numbers of a head it rotates together. Ours and Hugging Face's rotates halves, (j, j + K/2); Meta's and GGUF's
+neighbours, (2j, 2j + 1). So the rows of a head of w_q and w_k change places on the way (recipe A.4).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.mesh import parameter_letters
+
+
+class Entry(NamedTuple):
+    """A parameter outside.
+
+    Attributes:
+      letters: its axes there; 1 is an axis of one.
+      cut: the letter that Meta's model-parallel shards divide; '' where each holds a copy.
+      meta: its name in Meta's files; {} is the layer; '' where the format has no such parameter. `hf` and `gguf` likewise.
+      rotated: whether RoPE rotates it.
+    """
+
+    letters: str
+    cut: str
+    meta: str
+    hf: str
+    gguf: str
+    rotated: bool = False
+
+
+_META, _HF, _GGUF = 'layers.{}.', 'model.layers.{}.', 'blk.{}.'
+OUTSIDE = {
+    'table_VD': Entry('VD', 'D', 'tok_embeddings.weight', 'model.embed_tokens.weight', 'token_embd.weight'),
+    'norm_D': Entry('D', '', 'norm.weight', 'model.norm.weight', 'output_norm.weight'),
+}
+HEADS = {
+    'head_DV': Entry('VD', 'V', 'output.weight', 'lm_head.weight', 'output.weight'),
+    'score_D': Entry('1D', '', '', 'score.weight', ''),  # reward models and value heads
+}
+BLOCK = {
+    'attention_norm_D': Entry(
+        'D', '', _META + 'attention_norm.weight', _HF + 'input_layernorm.weight', _GGUF + 'attn_norm.weight'
+    ),
+    'w_q_DHK': Entry(
+        'HKD', 'H', _META + 'attention.wq.weight', _HF + 'self_attn.q_proj.weight', _GGUF + 'attn_q.weight', rotated=True
+    ),
+    'w_k_DGK': Entry(
+        'GKD', 'G', _META + 'attention.wk.weight', _HF + 'self_attn.k_proj.weight', _GGUF + 'attn_k.weight', rotated=True
+    ),
+    'w_v_DGK': Entry('GKD', 'G', _META + 'attention.wv.weight', _HF + 'self_attn.v_proj.weight', _GGUF + 'attn_v.weight'),
+    'w_o_DHK': Entry('DHK', 'H', _META + 'attention.wo.weight', _HF + 'self_attn.o_proj.weight', _GGUF + 'attn_output.weight'),
+    'ffn_norm_D': Entry('D', '', _META + 'ffn_norm.weight', _HF + 'post_attention_layernorm.weight', _GGUF + 'ffn_norm.weight'),
+    'w_gate_DF': Entry('FD', 'F', _META + 'feed_forward.w1.weight', _HF + 'mlp.gate_proj.weight', _GGUF + 'ffn_gate.weight'),
+    'w_up_DF': Entry('FD', 'F', _META + 'feed_forward.w3.weight', _HF + 'mlp.up_proj.weight', _GGUF + 'ffn_up.weight'),
+    'w_down_DF': Entry('DF', 'F', _META + 'feed_forward.w2.weight', _HF + 'mlp.down_proj.weight', _GGUF + 'ffn_down.weight'),
+}
+TABLE = OUTSIDE | HEADS | BLOCK
+NEIGHBOURS = ('meta', 'gguf')  # the formats whose RoPE rotates neighbours
+
+Key = tuple[str, int | None]  # our name, and the layer or None
+
+
+def keys(config: ModelConfig, head: str) -> Iterator[Key]:
+    """Every tensor of a model, in the order in which files are written; `head` is a name of HEADS."""
+    yield 'table_VD', None
+    for layer in range(config.layers):
+        for name in BLOCK:
+            yield name, layer
+    yield 'norm_D', None
+    yield head, None
+
+
+def their_names(config: ModelConfig, head: str, form: str) -> dict[str, Key]:
+    """Their name -> ours, for the format 'meta', 'hf' or 'gguf'.
+
+    Raises:
+      UserError: the format has no place for the head.
+    """
+    if not getattr(TABLE[head], form):
+        raise UserError(f'The format {form} has no place for {head!r}: a reward model or value head is written as hf or orbax.')
+    return {getattr(TABLE[name], form).format(layer): (name, layer) for name, layer in keys(config, head)}
+
+
+def shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one layer's parameter, by its letters."""
+    sizes = _sizes(config)
+    return tuple(sizes[letter] for letter in parameter_letters(name))
+
+
+def their_shape(name: str, config: ModelConfig, shards: int = 1) -> tuple[int, ...]:
+    """The shape that the others store, or that one of Meta's shards holds."""
+    entry, sizes = TABLE[name], _sizes(config)
+    if entry.cut:
+        sizes[entry.cut] //= shards
+    sizes.update(H=sizes['H'] * sizes['K'], G=sizes['G'] * sizes['K'])
+    return tuple(sizes[letter] for letter in entry.letters if letter != 'K')
+
+
+def cut_axis(name: str) -> int | None:
+    """The axis of `their_shape` that Meta's shards divide; None where each holds a copy."""
+    entry = TABLE[name]
+    return entry.letters.replace('K', '').index(entry.cut) if entry.cut else None
+
+
+def to_theirs(name: str, array: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
+    """One layer's parameter as they store it; C-contiguous.
+
+    >>> to_theirs('w_q_DHK', np.arange(8).reshape(2, 1, 4), config, 'meta').tolist()  # K = 4: rows 0, 2, 1, 3
+    [[0, 4], [2, 6], [1, 5], [3, 7]]
+    """
+    entry, ours = TABLE[name], parameter_letters(name)
+    array = array.transpose([ours.index(letter) for letter in entry.letters.strip('1')])
+    matrix = contiguous(array.reshape(their_shape(name, config)))
+    if entry.rotated and form in NEIGHBOURS:
+        matrix = matrix.reshape(-1, 2, config.head_dim // 2, config.dim).swapaxes(1, 2).reshape(matrix.shape)
+    return matrix
+
+
+def from_theirs(name: str, matrix: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
+    """The inverse of `to_theirs`; a view where that is possible."""
+    entry, ours, sizes = TABLE[name], parameter_letters(name), _sizes(config)
+    if entry.rotated and form in NEIGHBOURS:
+        matrix = matrix.reshape(-1, config.head_dim // 2, 2, config.dim).swapaxes(1, 2).reshape(matrix.shape)
+    theirs = entry.letters.strip('1')
+    array = matrix.reshape([sizes[letter] for letter in theirs])
+    return array.transpose([theirs.index(letter) for letter in ours])
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order. In strips: numpy by itself walks a transposed matrix against the cache, several times slower."""
+    if array.flags.c_contiguous:
+        return array
+    matrix = array.reshape(len(array), -1)
+    if matrix.flags.c_contiguous:
+        return matrix.reshape(array.shape)
+    out = np.empty(matrix.shape, matrix.dtype)
+    # As integers: only those of numpy's own types are copied fast and without the interpreter's lock.
+    integers = np.dtype(f'u{matrix.dtype.itemsize}')
+    source, target = matrix.view(integers), out.view(integers)
+    for i in range(0, matrix.shape[1], 16):
+        target[:, i : i + 16] = source[:, i : i + 16]
+    return out.reshape(array.shape)
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        'V': config.vocab_size,
+        'D': config.dim,
+        'H': config.heads,
+        'G': config.kv_heads,
+        'K': config.head_dim,
+        'F': config.hidden,
+        '1': 1,
+    }

@@ -1,0 +1,202 @@
+"""From one format to another, a tensor at a time, and comparing two models."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llama2_jax.config import UserError
+from llama2_jax.convert.huggingface import write_huggingface
+from llama2_jax.convert.llamacpp import QUANTISED, write_gguf
+from llama2_jax.convert.load import check_local, load_model, open_model, tokenizer_of
+from llama2_jax.convert.meta import check_shards, make_params, write_meta
+from llama2_jax.convert.names import Key, keys, shape, their_names
+from llama2_jax.convert.orbax import write_orbax
+from llama2_jax.convert.source import DTYPES, Source
+from llama2_jax.train.workdir import out_of_space
+
+FORMS = ('orbax', 'hf', 'meta', 'gguf')
+LOGIT_TOKENS = 64
+Progress = Callable[[int], None]
+
+
+def convert(
+    source: Source, output: str | Path, form: str, dtype: str | None = None, shards: int = 1, progress: Progress = lambda _: None
+) -> None:
+    """Writes a model in another format, whole or not at all; at most two tensors and their copies are in memory.
+
+    Args:
+      source: what `open_model` gives.
+      output: a directory, or for 'gguf' a file; must not exist.
+      form: one of FORMS.
+      dtype: of the parameters: a name of DTYPES, or for 'gguf' QUANTISED; None keeps the model's.
+      shards: model-parallel shards, for 'meta'.
+      progress: called with the bytes of each tensor when it is read.
+
+    Raises:
+      UserError: the output exists or cannot hold the model, a number overflows float16, or no space is left.
+    """
+    check_local(output)
+    output = Path(output).absolute()
+    _check_output(source, output, form, dtype, shards)
+    target = dtype if dtype == QUANTISED else DTYPES[dtype or source.dtype.name]
+    if source.form != 'orbax':
+        source = dataclasses.replace(source, provenance={'stage': 'convert', 'parent': str(source.path), 'step': None})
+    with _staged(output) as path, contextlib.closing(_stream(source, target, progress)) as stream:
+        if form == 'gguf':
+            write_gguf(path, source, target, stream)
+            return
+        path.mkdir()
+        if form == 'meta':
+            write_meta(path, source, target, stream, shards)
+        else:
+            {'hf': write_huggingface, 'orbax': write_orbax}[form](path, source, target, stream)
+
+
+def _check_output(source: Source, output: Path, form: str, dtype: str | None, shards: int) -> None:
+    """All that can be said before the first byte is written."""
+    if output.resolve() == source.path.resolve():
+        raise UserError(f'{output} is the input: choose another output.')
+    if output.resolve().is_relative_to(source.path.resolve()):
+        raise UserError(f'{output} lies in the input: choose another output.')
+    if output.exists() or output.is_symlink():
+        raise UserError(f'{output} exists already; remove it, or choose another output.')
+    if form == 'gguf' and output.suffix != '.gguf':
+        raise UserError(f'{output}: a GGUF model is one file, so name it {output.name}.gguf.')
+    if dtype == QUANTISED and form != 'gguf':
+        raise UserError(f'--dtype={QUANTISED} is for gguf only.')
+    if shards != 1 and form != 'meta':
+        raise UserError(f'--shards={shards} is for meta only.')
+    if form != 'orbax':
+        their_names(source.config, source.head, form)
+    if form == 'meta':
+        make_params(source.config)
+        check_shards(source.config, shards, f'--shards={shards}')
+    tokenizer_of(source)
+
+
+@contextlib.contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A path beside the output, which takes its name once all is written and on disk; a failure removes it."""
+    path = output.with_name(output.name + '.incomplete')
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove(path)  # what a killed conversion has left
+        yield path
+        for file in [path] if path.is_file() else sorted(path.rglob('*')):
+            _flush(file)
+        path.rename(output)
+    except (OSError, ValueError) as error:
+        if out_of_space(error):
+            raise UserError(f'No space left while writing {output}: nothing was kept of it.') from None
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise UserError(f'{output} cannot be written: {error.strerror}.') from None
+        raise
+    finally:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """To the disk itself: a name must not outlive a power cut without its numbers."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _stream(source: Source, dtype: np.dtype | str, progress: Progress) -> Iterator[tuple[Key, np.ndarray]]:
+    """The tensors in order, each cast; the next one is read while the last one is being written."""
+
+    def read(key: Key) -> np.ndarray:
+        array = source.read(*key)
+        if dtype == QUANTISED:
+            return array
+        with np.errstate(over='ignore'):
+            cast = array.astype(dtype, copy=False)
+        if dtype == np.float16 and array.dtype != dtype and not np.isfinite(cast).all():
+            raise UserError(f'{source.path}: {key[0]!r} of layer {key[1]} holds numbers beyond those of float16: use bfloat16.')
+        return cast
+
+    with ThreadPoolExecutor(1) as executor:
+        waiting = None
+        for key in keys(source.config, source.head):
+            following = (key, executor.submit(read, key))
+            if waiting:
+                yield _finished(waiting, progress)
+            waiting = following
+        yield _finished(waiting, progress)
+
+
+def _finished(waiting: tuple, progress: Progress) -> tuple[Key, np.ndarray]:
+    key, future = waiting
+    array = future.result()
+    progress(array.nbytes)
+    return key, array
+
+
+def bytes_of(source: Source) -> int:
+    """What all its parameters take in the source's dtype."""
+    return sum(int(np.prod(shape(name, source.config))) for name, _ in keys(source.config, source.head)) * source.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two models side by side.
+
+    Attributes:
+      differences: for each tensor that differs, the largest absolute difference, in the order of the files.
+      logits: the largest absolute difference of the logits of LOGIT_TOKENS fixed tokens; None where not computed, and why.
+      reason: why there are no logits; ''.
+    """
+
+    differences: dict[Key, float]
+    logits: float | None
+    reason: str = ''
+
+
+def compare(ours: Source, theirs: Source, progress: Progress = lambda _: None) -> Comparison:
+    """Compares weights in float32 and, where both models fit in memory, logits.
+
+    Raises:
+      UserError: the models have different shapes or heads, so their tensors do not correspond.
+    """
+    for field in dataclasses.fields(ours.config):
+        if field.name != 'context':  # which no tensor depends on, and Meta's format does not hold
+            a, b = (getattr(side.config, field.name) for side in (ours, theirs))
+            if a != b:
+                raise UserError(f'{ours.path} has model.{field.name}={a}, and {theirs.path} has {b}.')
+    if ours.head != theirs.head:
+        raise UserError(f'{ours.path} has {ours.head!r}, and {theirs.path} has {theirs.head!r}: one of them is a reward model.')
+    differences = {}
+    for key in keys(ours.config, ours.head):
+        a, b = (side.read(*key).astype(np.float32) for side in (ours, theirs))
+        progress(a.size * ours.dtype.itemsize)
+        if not np.array_equal(a, b):
+            differences[key] = float(np.abs(a - b).max())
+    if ours.head != 'head_DV':
+        return Comparison(differences, None, 'a reward model has none')
+    needed = 3 * 4 * ours.config.parameters
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if needed > free:
+        return Comparison(differences, None, f'they would take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free')
+    tokens = np.random.default_rng(0).integers(ours.config.vocab_size, size=(1, min(LOGIT_TOKENS, ours.config.context)))
+
+    def logits(source: Source) -> np.ndarray:
+        model, _ = load_model(source.path, 'float32')
+        return np.asarray(jax.jit(lambda model: model.logits(model(tokens.astype(np.int32))))(model))
+
+    return Comparison(differences, float(np.abs(logits(ours) - logits(theirs)).max()))
