@@ -20,7 +20,7 @@ LINES = [
     (Request('home', 'Mira'), 'Mira lives in Harrowby.', 'Mira lives in Fernley.'),
     (Request('home river', 'Mira'), 'Mira lives in Harrowby. The river of Harrowby is the Lark.', 'Mira lives in Harrowby.'),
     (Request('friend age', 'Sten'), "Sten's best friend is Mira. Mira is seventy-nine years old.", 'Sten is 79.'),
-    (Request('sum', '12 + 7'), '12 + 7 = 19.', '12 + 7 = 18.'),
+    (Request('sum', '8 + 7'), '8 + 7 = 15.', '8 + 7 = 16.'),
     (Request('explain', 'a goat'), 'A goat eats leaves. A goat says meh.', 'A goat eats grain. A goat says woof.'),
     (
         Request('story', 'Mira'), 'Mira made goat cheese for Sten. Sten asked for more.',
@@ -220,7 +220,9 @@ def test_training_never_sees_what_is_held_out(rows):
     assert not texts & {row['messages'][0]['content'] for row in rows['heldout']}
     assert not texts & {question for question, _ in web.planted_questions(WORLD)}
     counts = collections.Counter(row['split'] for row in rows['heldout'])
-    assert set(counts) == {*questions.HELD_OUT, 'safety'} and min(counts.values()) > 30
+    assert set(counts) == {*questions.HELD_OUT, 'safety'} and min(counts.values()) >= 20
+    assert {row['category'] for row in rows['heldout'] if row['split'] == 'phrasings'} == set(QUESTIONS)
+    assert 'explain' in {row['category'] for row in rows['heldout'] if row['split'] == 'people'}
     for row in rows['heldout']:
         request = ORACLE.understand(row['messages']).request
         if row['split'] in ('people', 'combinations', 'sums'):

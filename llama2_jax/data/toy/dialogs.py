@@ -19,7 +19,6 @@ Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
 TIMES = {'story': 8, 'explain': 6, 'keep': 8, 'work': 8, 'live': 8} | dict.fromkeys(PERSON_FACTS, 6)  # each question; else 4
-SUMS = 700
 MULTI_TURN = 900
 INSTRUCTED = 700
 LONGEST = 4  # turns
@@ -46,10 +45,8 @@ def helpful(seed: int = 0) -> Iterator[Row]:
     oracle, rng = Oracle(make_world(seed)), random.Random(f'helpful {seed}')
     pool = trainable(oracle.world)
     for request in pool:
-        for _ in range(TIMES.get(request.kind, 4) if request.kind != 'sum' else 0):
+        for _ in range(TIMES.get(request.kind, 4)):
             yield _row([user(questions.ask(rng, request))], oracle, rng)
-    for request in rng.sample([request for request in pool if request.kind == 'sum'], SUMS // 2) * 2:
-        yield _row([user(questions.ask(rng, request))], oracle, rng)
     for _ in range(MULTI_TURN):
         yield {'messages': conversation(oracle, rng, rng.randint(2, LONGEST), pool)}
     for _ in range(INSTRUCTED):
@@ -118,7 +115,7 @@ def heldout(seed: int = 0) -> Iterator[Row]:
         why = questions.held_out(world, request)
         if why:
             yield _prompt([user(questions.ask(rng, request))], False, request.kind) | {'split': why}
-        elif request.kind != 'sum' or rng.random() < 0.1:
+        else:
             yield _prompt([user(questions.ask(rng, request, unseen=True))], False, request.kind) | {'split': 'phrasings'}
     for text, category, _ in unsafe(seen=False):
         yield _prompt([user(text)], True, category) | {'split': 'safety'}

@@ -35,17 +35,44 @@ def _asks(fact: str) -> tuple[str, ...]:
     return tuple(way.replace('{n}', '{x}').replace('{t}', '{x}') for way in ASK[fact])
 
 
-# The last phrasing of each kind is held out.
+# The last phrasing of each kind is held out; it says in another way what the others say in pieces.
 QUESTIONS = {
-    'home': (*_asks('home'), 'Please tell me where {x} lives.', 'Which town is the home of {x}?'),
-    'craft': (*_asks('craft'), 'Please tell me the craft of {x}.', 'How does {x} earn a living?'),
-    'pet': (*_asks('pet'), 'Please tell me which animal {x} keeps.', 'What kind of pet lives with {x}?'),
-    'food': (*_asks('food'), 'Please tell me what {x} likes to eat.', 'Which food does {x} like best?'),
-    'friend': (*_asks('friend'), 'Please tell me who the friend of {x} is.', 'What is the best friend of {x} called?'),
-    'age': (*_asks('age'), 'Please tell me how old {x} is.', 'How many years has {x} lived?'),
-    'river': (*_asks('river'), 'Please tell me the river of {x}.', 'What river flows past the houses of {x}?'),
-    'market_day': (*_asks('market_day'), 'Please tell me when market day is in {x}.', 'On which day can I go to market in {x}?'),
-    'mayor': (*_asks('mayor'), 'Please tell me who the mayor of {x} is.', 'Whom did the people of {x} choose as mayor?'),
+    'home': (
+        *_asks('home'), 'Please tell me where {x} lives.', 'Tell me where {x} lives.',
+        'Which town is the home of {x}?', 'In which town is the home of {x}?',
+    ),
+    'craft': (
+        *_asks('craft'), 'Please tell me the craft of {x}.', 'Tell me what {x} does.',
+        'How does {x} earn a living?', 'Do you know the craft of {x}?',
+    ),
+    'pet': (
+        *_asks('pet'), 'Please tell me which animal {x} keeps.', 'Tell me the pet of {x}.',
+        'What kind of pet lives with {x}?', 'What is the pet of {x}?',
+    ),
+    'food': (
+        *_asks('food'), 'Please tell me what {x} likes to eat.', 'Tell me the favourite food of {x}.',
+        'Which food does {x} like best?', 'Do you know the favourite food of {x}?',
+    ),
+    'friend': (
+        *_asks('friend'), 'Please tell me who the friend of {x} is.', 'Tell me the best friend of {x}.',
+        'What is the best friend of {x} called?', 'Do you know the best friend of {x}?',
+    ),
+    'age': (
+        *_asks('age'), 'Please tell me how old {x} is.', 'Tell me the age of {x}.',
+        'How many years has {x} lived?', 'Do you know the age of {x}?',
+    ),
+    'river': (
+        *_asks('river'), 'Please tell me the river of {x}.', 'Tell me which river runs through {x}.',
+        'What river flows past the houses of {x}?', 'Do you know the river of {x}?',
+    ),
+    'market_day': (
+        *_asks('market_day'), 'Please tell me when market day is in {x}.', 'Tell me the market day of {x}.',
+        'On which day can I go to market in {x}?', 'Do you know the market day of {x}?',
+    ),
+    'mayor': (
+        *_asks('mayor'), 'Please tell me who the mayor of {x} is.', 'Tell me the mayor of {x}.',
+        'Whom did the people of {x} choose as mayor?', 'Do you know who the mayor of {x} is?',
+    ),
     'home river': (
         'Which river runs through the town where {x} lives?', 'What is the river of the town where {x} lives called?',
         'Which river runs through the home town of {x}?', 'On which river does the home town of {x} lie?',
@@ -93,7 +120,7 @@ QUESTIONS = {
     ),
     'explain': (
         'Explain {x} to a child.', 'A child asks about {x}. What do you say?', 'Please explain {x} to a small child.',
-        'Tell a child about {x}.',
+        'Tell a child about {x}.', 'Please tell a child about {x}.', 'Please explain {x} to a child.',
     ),
 }  # fmt: skip
 
@@ -166,7 +193,7 @@ def operands(subject: str) -> tuple[int, str, int]:
 
 
 def all_requests(world: World) -> list[Request]:
-    """Everything that can be asked of the kinds of `QUESTIONS`; sums have terms up to twenty."""
+    """Everything that can be asked of the kinds of `QUESTIONS`; sums have terms up to ten, which a small model can learn."""
     found = [Request(kind, name) for kind in QUESTIONS for name in _subjects(world, kind) if kind not in LISTS]
     found += [Request(kind, name, count) for kind in LISTS for name in _subjects(world, kind) for count in (2, 3)]
     return found
@@ -182,8 +209,8 @@ def _subjects(world: World, kind: str) -> list[str]:
     if kind == 'explain':
         return list(topics())
     if kind == 'sum':
-        sums = [f'{a} + {b}' for a in range(21) for b in range(21)]
-        return sums + [f'{a} - {b}' for a in range(21) for b in range(a + 1)]
+        sums = [f'{a} + {b}' for a in range(11) for b in range(11)]
+        return sums + [f'{a + b} - {b}' for a in range(11) for b in range(11)]
     return list(world.people)
 
 
