@@ -8,12 +8,6 @@ from absl import app, flags, logging
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
 
-CONFIG = flags.DEFINE_string('config', 'tiny', 'Preset; their docstrings give command, hardware and expected result.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; the same command run again continues in it.')
-SET = flags.DEFINE_multi_string('set', [], 'path.to.field=value, changes the preset; may be repeated.')
-DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Compile only: print memory, FLOPs, collectives and predicted step time.')
-TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that need not be there, such as v5p:8x8x8.')
-
 Presets = Mapping[str, Callable[[], Any]]
 
 
@@ -25,23 +19,28 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
       run: (config, workdir) does the work.
       dry_run: (config, topology) compiles without running and returns the report to print.
     """
+    chosen = flags.DEFINE_string('config', 'tiny', 'Preset; their docstrings give command, hardware and expected result.')
+    workdir = flags.DEFINE_string('workdir', None, 'Directory of the run; the same command run again continues in it.')
+    settings = flags.DEFINE_multi_string('set', [], 'path.to.field=value, changes the preset; may be repeated.')
+    compile_only = flags.DEFINE_bool('dry_run', False, 'Compile only: print memory, FLOPs, collectives and predicted step time.')
+    topology = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that need not be there, such as v5p:8x8x8.')
 
     def main(argv: list[str]) -> None:
         with runtime.user_errors():
             if len(argv) > 1:
                 raise UserError(f'Unknown argument {argv[1]!r}; settings are given as --set path.to.field=value.')
-            if CONFIG.value not in presets:
-                raise UserError(f'--config={CONFIG.value}: no such preset; {nearest(CONFIG.value, presets)}')
-            config = override(presets[CONFIG.value](), SET.value)
-            if DRY_RUN.value or TOPOLOGY.value:
+            if chosen.value not in presets:
+                raise UserError(f'--config={chosen.value}: no such preset; {nearest(chosen.value, presets)}')
+            config = override(presets[chosen.value](), settings.value)
+            if compile_only.value or topology.value:
                 if not dry_run:
                     raise UserError('This stage has nothing to compile, so there is no --dry_run.')
-                print(dry_run(config, TOPOLOGY.value))
+                print(dry_run(config, topology.value))
                 return
-            if not WORKDIR.value:
+            if not workdir.value:
                 raise UserError('--workdir=DIR is missing: where the run is to live.')
             runtime.start()
-            run(config, WORKDIR.value)
+            run(config, workdir.value)
 
     quietly(main)
 

@@ -1,35 +1,63 @@
-"""Continues prompts with a model.
+"""Continues prompts with a model: a few of the command line, or a file of them.
 
 python experiments/generate.py --model=run/model --prompt='Once upon a time' --max_new_tokens=64 --temperature=0.8 --top_p=0.95
+python experiments/generate.py --model=run/model --prompts=prompts.jsonl --output=out.jsonl --num_samples=8 --logprobs
+python experiments/generate.py --model=7b --int8 --batch_size=1 --dry_run --topology=v5e:1x1
+
+A line of the prompts is {"prompt": text}, {"messages": [{"role": "user", "content": text}, …]} or {"token_ids": [ids]}, perhaps
+with an "id" and settings of its own such as "temperature". A line of the output is
+{"id", "samples": [{"text", "token_ids", "stop_reason"}]}.
 """
 
-import jax
+import os
+
 from absl import flags
 from common import tool
 
-from llama2_jax.convert.load import load_model
-from llama2_jax.mesh import MeshConfig, set_mesh
-from llama2_jax.model.generate import generate
-from llama2_jax.model.llama import Compute
+from llama2_jax.config import UserError
+from llama2_jax.stages import generate
 
-MODEL = flags.DEFINE_string('model', None, 'Model directory.', required=True)
-PROMPT = flags.DEFINE_multi_string('prompt', [''], 'Text to continue; may be repeated. Without it a text from its beginning.')
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 64, 'At most so many new tokens a prompt.', lower_bound=1)
+MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
+PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated. Empty: a text from its beginning.')
+PROMPTS = flags.DEFINE_string('prompts', None, 'A .jsonl file of prompts, or another source of rows.')
+OUTPUT = flags.DEFINE_string('output', None, 'With --prompts: the .jsonl file to write; the same command again continues it.')
+MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 256, 'At most so many new tokens a prompt.', lower_bound=1)
+NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', lower_bound=1)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.6, '0 takes the most likely token each time.', lower_bound=0)
 TOP_P = flags.DEFINE_float('top_p', 0.9, 'Share of the probability to draw from.', lower_bound=0, upper_bound=1)
-SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Draws from so many tokens at most; 0: no limit.', lower_bound=0)
+SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a sample; may be repeated.')
+LOGPROBS = flags.DEFINE_bool('logprobs', False, 'With --prompts: write the log-probability of every new token.')
+BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Sequences at a time; memory for their caches limits it.', lower_bound=1)
+INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
+DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Compile a step only; --model may be a size such as 70b.')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that need not be there, such as v5p:2x2x4.')
+LENGTH = flags.DEFINE_integer('length', 4096, 'With --dry_run: tokens in the cache of each sequence.', lower_bound=1)
 
 
 def run() -> None:
-    """Prints each prompt with its continuation."""
-    set_mesh(MeshConfig())
-    model, tokenizer = load_model(MODEL.value)
-    prompts = [tokenizer.encode(prompt, bos=True, eos=False) or [tokenizer.bos_id] for prompt in PROMPT.value]
-    settings = {'temperature': TEMPERATURE.value, 'top_p': TOP_P.value, 'seed': SEED.value}
-    dtype = Compute().on(jax.default_backend()).dtype
-    rows = generate(model, prompts, MAX_NEW_TOKENS.value, eos_id=tokenizer.eos_id, dtype=dtype, **settings)
-    for prompt, row in zip(prompts, rows, strict=True):
-        print(tokenizer.decode(prompt + row), end='\n\n')
+    """Prints the continuations, or writes them to --output."""
+    if DRY_RUN.value or TOPOLOGY.value:
+        print(generate.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value))
+        return
+    if bool(PROMPTS.value) != bool(OUTPUT.value):
+        raise UserError('--prompts and --output belong together: where the prompts are, and where results go.')
+    if PROMPTS.value and PROMPT.value:
+        raise UserError('--prompt and --prompts exclude each other.')
+    names = ('max_new_tokens', 'num_samples', 'temperature', 'top_p', 'top_k', 'seed', 'stop')
+    settings = {name: flags.FLAGS[name].value for name in names}
+    engine = generate.open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)
+    if PROMPTS.value:
+        beside = {'model': os.path.abspath(MODEL.value), 'int8': INT8.value}
+        generate.run(engine, PROMPTS.value, OUTPUT.value, settings, beside, LOGPROBS.value)
+        return
+    prompts = PROMPT.value or ['']
+    rows = [{'prompt': prompt} for prompt in prompts]
+    requests = [generate.make_request(row, engine.tokenizer, settings, f'--prompt={row["prompt"]!r}') for row in rows]
+    for prompt, samples in zip(prompts, engine.generate(requests), strict=True):
+        for sample in samples:
+            print(prompt + sample.text, end='\n\n', flush=True)
 
 
 if __name__ == '__main__':

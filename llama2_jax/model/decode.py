@@ -70,6 +70,13 @@ class Rows(NamedTuple):
     stop_BL: jax.Array
 
 
+def abstract_rows(rows: int) -> Rows:
+    """Shapes and dtypes of what so many rows are told."""
+    kinds = Rows(*[jnp.int32] * 2, bool, *[jnp.int32] * 2, *[jnp.uint32] * 2, *[jnp.float32] * 2, *[jnp.int32] * 2)
+    shapes = Rows(*[(rows,)] * 10, (rows, STOP_IDS))
+    return Rows(*map(jax.ShapeDtypeStruct, shapes, kinds))
+
+
 class Progress(NamedTuple):
     """How far a call of `decode` has come; the rows go on together, `column` tokens up to now."""
 
@@ -223,11 +230,16 @@ def decode(
     return cache, *(replicate(x) for x in (progress.tokens_BL, progress.logprobs_BL, progress.count_B))
 
 
+def compiler_options(platform: str) -> dict[str, str]:
+    """For programs that decode on 'cpu', 'gpu' or 'tpu'."""
+    # Left alone the TPU's compiler gives products with few rows to the vector unit, which is four times slower than the memory.
+    return {'xla_tpu_enable_dot_strength_reduction': 'false'} if platform == 'tpu' else {}
+
+
 @cache
 def programs(platform: str) -> tuple[Callable, Callable]:
     """`prefill` and `decode` compiled for 'cpu', 'gpu' or 'tpu': the same ones for every engine of a process."""
-    # Left alone the TPU's compiler gives products with few rows to the vector unit, which is four times slower than the memory.
-    options = {'xla_tpu_enable_dot_strength_reduction': 'false'} if platform == 'tpu' else {}
+    options = compiler_options(platform)
     return (
         jax.jit(prefill, static_argnames='fresh', donate_argnums=1, compiler_options=options),
         jax.jit(decode, donate_argnums=1, compiler_options=options),

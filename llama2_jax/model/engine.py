@@ -7,7 +7,7 @@ Each row of a batch draws tokens by itself, in a loop on the devices (`model.dec
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -149,8 +149,8 @@ class Engine:
                 yield ended.pop(following)
                 following += 1
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """The text of one sample, piece by piece as it comes.
+    def stream(self, request: Request) -> Generator[str, None, Sample]:
+        """The text of one sample, piece by piece as it comes; the generator returns the sample.
 
         Raises:
           UserError: the model cannot continue the prompt.
@@ -163,6 +163,7 @@ class Engine:
             if end > shown:
                 yield text[shown:end]
                 shown = end
+        return row.sample
 
     def check(self, request: Request, name: str) -> None:
         """Raises a UserError, with the name of the request, where the model cannot continue its prompt."""
@@ -196,6 +197,9 @@ class Engine:
                         self._extend(row, *(x[slot] for x in drawn))
                         live[slot] = None if row.sample else row
                         yield row
+        except BaseException:  # an interrupted call may have used the cache up
+            self._slots = None
+            raise
         finally:
             self._busy = False
 

@@ -5,12 +5,14 @@ Dimension j of a head pairs with j + K/2, as in Hugging Face's files; Meta's pai
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rope_table(positions: jax.Array, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles: positions [..., L] -> two arrays [..., L, K/2] float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(positions.ndim))
+    # In numpy: programs may round a power differently, and its last bit turns a late position by a thousandth.
+    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * np.expand_dims(frequencies, tuple(range(positions.ndim)))
     return jnp.cos(angles), jnp.sin(angles)
 
 

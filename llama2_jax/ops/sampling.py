@@ -31,8 +31,8 @@ def sample(
         jnp.any(greedy_B), lambda x_BV: jnp.argmax(x_BV, axis=-1).astype(jnp.int32), lambda x_BV: drawn_B, logits_BV
     )
     token_B = jnp.where(greedy_B, best_B, drawn_B)
-    chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, chosen_B - jax.nn.logsumexp(scaled_BV, axis=-1)
+    logprobs_BV = jax.nn.log_softmax(scaled_BV, axis=-1)
+    return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
 
 
 def best(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:

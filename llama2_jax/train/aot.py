@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,16 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(bind, tree)
 
 
-def compile_step(step: Any, state: Any, batch: Any, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+def compile_step(
+    step: Any, state: Any, batch: Any, mesh: Mesh, options: Mapping[str, str] | None = None
+) -> tuple[jax.stages.Compiled, str]:
     """Compiles a jitted (state, batch) -> … for the mesh's devices.
 
     Args:
       step: the jitted function.
       state, batch: abstract arrays, with shardings.
       mesh: of real or described devices; it must be set.
+      options: of the compiler; by default those of a training step.
 
     Returns:
       The executable, and its text.
@@ -135,7 +138,7 @@ def compile_step(step: Any, state: Any, batch: Any, mesh: Mesh) -> tuple[jax.sta
     """
     lowered = step.lower(on_mesh(state, mesh), on_mesh(batch, mesh))
     device = mesh.devices.flat[0]
-    options = compiler_options(device)
+    options = compiler_options(device) if options is None else options
     try:
         if device.platform != 'tpu':
             compiled = lowered.compile(compiler_options=options)

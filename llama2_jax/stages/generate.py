@@ -1,0 +1,233 @@
+"""Prompts in, samples out: a file of them, resumable, and what one step of decoding would take on devices that are not here."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.convert.load import load_model, open_model
+from llama2_jax.data.sources import read_records
+from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
+from llama2_jax.model import decode
+from llama2_jax.model.engine import Engine, Request, Sample
+from llama2_jax.model.llama import Compute
+from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.train import aot
+from llama2_jax.train.workdir import no_space_is_said, write_atomically
+
+SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids', 'answer'}
+PROMPTS = ('prompt', 'messages', 'token_ids')
+
+
+def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False) -> Engine:
+    """An engine on all devices for a model of any format (`convert.load`).
+
+    Raises:
+      UserError: the model cannot be read.
+    """
+    mesh = decoding_mesh(open_model(model).config)
+    # One device might not have room for the model as it is stored beside the model as it decodes.
+    place = make_mesh(MeshConfig(), jax.devices('cpu')[:1]) if mesh.size == 1 else mesh
+    with jax.set_mesh(place):
+        parameters, tokenizer = load_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
+    return Engine(parameters, tokenizer, mesh=mesh, batch_size=batch_size, int8=int8)
+
+
+def make_request(row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping[str, Any], where: str) -> Request:
+    """A request from a row {"prompt": text}, {"messages": […]} or {"token_ids": […]}, perhaps with sampling settings of its own.
+
+    Args:
+      row: other fields are left alone, but for misspelt settings.
+      tokenizer: the model's.
+      defaults: settings that the row does not have.
+      where: what to call the row in errors.
+
+    Raises:
+      UserError: naming the row and the field.
+    """
+    given = [name for name in PROMPTS if name in row]
+    if len(given) != 1:
+        raise UserError(f'{where}: a row has one of {", ".join(PROMPTS)}, not {" and ".join(given) or "none of them"}.')
+    for name in row.keys() - SAMPLING:
+        if close := difflib.get_close_matches(name, SAMPLING, n=1, cutoff=0.8):
+            raise UserError(f'{where}: unknown field {name!r}; did you mean {close[0]!r}?')
+    settings = dict(defaults) | {name: row[name] for name in SAMPLING & row.keys()}
+    for name, value in settings.items():
+        settings[name] = _setting(name, value, where)
+    prompt = row[given[0]]
+    if given[0] == 'messages':
+        ids = encode_prompt(prompt, tokenizer, where)
+    elif given[0] == 'prompt':
+        if not isinstance(prompt, str):
+            raise UserError(f'{where}: "prompt" is {prompt!r}, not a text.')
+        ids = tokenizer.encode(prompt, bos=True, eos=False)
+    else:
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise UserError(f'{where}: "token_ids" is not a list of whole numbers.')
+        ids = prompt
+    try:
+        return Request(ids or [tokenizer.bos_id], answer=given[0] == 'messages', **settings)
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+
+
+def _setting(name: str, value: Any, where: str) -> Any:
+    """A sampling setting of the type that a request has."""
+    if name in ('stop', 'stop_token_ids'):
+        items, kind = (value if isinstance(value, list | tuple) else [value]), (str if name == 'stop' else int)
+        if all(type(item) is kind for item in items):
+            return tuple(items)
+    elif type(value) is int or (type(value) is float and name in ('temperature', 'top_p')):
+        return value
+    raise UserError(f'{where}: {name} is {value!r}, which it cannot be.')
+
+
+def run(
+    engine: Engine, prompts: str, output: str, defaults: Mapping[str, Any], settings: Mapping[str, Any], logprobs: bool = False
+) -> None:
+    """Continues the prompts of a file; results are written as they come, in the order of the prompts.
+
+    A line is {"id", "samples": [{"text", "token_ids", "stop_reason"}]}, with "logprobs" on demand; token ids are the new ones,
+    EOS included. The same call again goes on where the last one stopped.
+
+    Args:
+      engine: of the model.
+      prompts: a source of rows (`data.sources`), or the path of a .jsonl file.
+      output: the .jsonl file to write.
+      defaults: sampling settings of rows without their own; the seed of a row is made of that and its number.
+      settings: what `output` depends on besides; another call with other settings is refused.
+      logprobs: writes those too.
+
+    Raises:
+      UserError: a row that is not a prompt (all are looked at first), or an output of other settings.
+    """
+    source = prompts if re.match(r'(toy|jsonl|arrayrecord|tfds):', prompts) else f'jsonl:{prompts}'
+    rows = [(record.fields, record.where) for record in read_records(source)]
+    requests = [_request(engine, index, row, where, defaults) for index, (row, where) in enumerate(rows)]
+    path = Path(output)
+    stamp = json.dumps({**settings, **defaults, 'logprobs': logprobs, 'prompts': _fingerprint(rows)}, sort_keys=True)
+    done = _resume(path, stamp, [_name(index, row) for index, (row, _) in enumerate(rows)])
+    if done:
+        say(f'{output}: {done} of {len(rows)} are there already.')
+    blocked = [_is_blocked(row) for row, _ in rows]
+    results = engine.generate(request for request, skip in zip(requests[done:], blocked[done:], strict=True) if not skip)
+    tokens = 0
+    bar = tqdm(total=len(rows), initial=done, unit='prompt', dynamic_ncols=True, disable=not is_main_process())
+    with bar, no_space_is_said(path), path.open('a', encoding='utf-8') as file:
+        for index in range(done, len(rows)):
+            refused = [Sample(SPECIAL_TAGS_ERROR, [], [], 'stop')] * requests[index].num_samples
+            samples = refused if blocked[index] else next(results)
+            line = {'id': _name(index, rows[index][0]), 'samples': [_record(sample, logprobs) for sample in samples]}
+            if is_main_process():
+                file.write(json.dumps(line, ensure_ascii=False) + '\n')
+                file.flush()
+            tokens += sum(len(sample.token_ids) for sample in samples)
+            bar.update()
+            bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s')
+
+
+def _request(engine: Engine, index: int, row: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> Request:
+    own_seed = {'seed': zlib.crc32(f'{defaults["seed"]} {index}'.encode())}
+    request = make_request(row, engine.tokenizer, {**defaults, **own_seed}, where)
+    engine.check(request, where)
+    return request
+
+
+def _is_blocked(row: Mapping[str, Any]) -> bool:
+    """Whether a dialog holds the format's own tags, and so is not answered (recipe J)."""
+    return 'messages' in row and has_special_tags(row['messages'])
+
+
+def _name(index: int, row: Mapping[str, Any]) -> Any:
+    return row.get('id', index)
+
+
+def _fingerprint(rows: list[tuple[Mapping[str, Any], str]]) -> int:
+    return zlib.crc32(json.dumps([row for row, _ in rows], sort_keys=True, default=str).encode())
+
+
+def _record(sample: Sample, logprobs: bool) -> dict[str, Any]:
+    record = {'text': sample.text, 'token_ids': sample.token_ids, 'stop_reason': sample.stop_reason}
+    return {**record, 'logprobs': sample.logprobs} if logprobs else record
+
+
+def _resume(path: Path, stamp: str, names: list[Any]) -> int:
+    """How many results are there already; a last line that was cut short goes. Every process comes to the same count."""
+    beside = path.with_name(path.name + '.settings')
+    if not path.exists():
+        barrier('no output yet')
+        if is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(beside, stamp)
+            path.touch()
+        barrier('output made')
+        return 0
+    if not beside.exists() or beside.read_text(encoding='utf-8') != stamp:
+        raise UserError(f'{path} holds the results of other prompts or settings: give another --output, or remove it.')
+    *lines, rest = path.read_text(encoding='utf-8').split('\n')
+    try:
+        right = [json.loads(line)['id'] for line in lines] == names[: len(lines)]
+    except (ValueError, KeyError, TypeError):
+        right = False
+    if not right:
+        raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')
+    barrier('output read')
+    if rest and is_main_process():
+        with path.open('r+b') as file:
+            file.truncate(sum(len(line.encode()) + 1 for line in lines))
+    barrier('output cut')
+    return len(lines)
+
+
+def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8: bool) -> str:
+    """Compiles one step of decoding for the devices here, or for a TPU slice that need not be there; the report, for people.
+
+    Args:
+      model: a size, such as '7b', or any model.
+      topology: such as 'v5p:2x2x4'; None: the devices here.
+      batch_size: sequences at a time.
+      length: places of the cache, all of which are read.
+      int8: weights in eight bits.
+
+    Raises:
+      UserError: it does not fit.
+    """
+    config = MODELS[model] if model in MODELS else open_model(model).config
+    mesh = decoding_mesh(config, aot.topology_devices(topology) if topology else None)
+    report, floor = compile_step(config, mesh, batch_size, length, int8)
+    report.check()
+    lines = [f'mesh             {" × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())}', str(report)]
+    if report.program.seconds:
+        ratio = f'{report.program.seconds / floor:.2f} times that' if floor else ''
+        lines.append(f'memory bound     {floor * 1e3:.3f} ms to read weights and cache once; predicted {ratio}')
+    return '\n'.join(lines)
+
+
+def compile_step(config: ModelConfig, mesh: Mesh, batch_size: int, length: int, int8: bool) -> tuple[aot.Report, float]:
+    """The report on one step, and the seconds in which a chip's memory gives its weights and cache once (0 if unknown)."""
+    device = mesh.devices.flat[0]
+    dtype = Compute().on(device.platform).dtype
+    with jax.set_mesh(mesh):
+        weights = decode.abstract_weights(config, dtype, int8)
+        cache = jax.eval_shape(lambda: decode.empty_cache(config, batch_size, length, dtype))
+        rows = decode.abstract_rows(batch_size)
+        progress = jax.eval_shape(decode.beginning, cache, rows)
+        step = jax.jit(lambda given, progress: decode.decode_token(*given, progress), donate_argnums=1)
+        options = decode.compiler_options(device.platform)
+        compiled, text = aot.compile_step(step, (weights, cache, rows), progress, mesh, options)
+    report = aot.analyse(compiled, text, mesh, batch_size, model_flops=0)
+    held = [(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(aot.on_mesh((weights, cache), mesh))]
+    size = sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in held)
+    return report, size / report.chip.bandwidth if report.chip else 0.0
