@@ -302,6 +302,7 @@ def test_planted_faults_cost_and_are_of_their_kind():
     assert set(found) == set(faults.FAULTS)
     assert all(max(scores) < 1 for scores in found.values()), {fault: max(scores) for fault, scores in found.items()}
     means = {fault: sum(scores) / len(scores) for fault, scores in found.items()}
+    assert max(found['off_topic']) <= 0.1
     limits = {'wrong': 0.2, 'incomplete': 0.6, 'off_topic': 0.02, 'padded': 0.6, 'unfinished': 0.3, 'disobedient': 0.5}
     assert all(mean <= limits.get(fault, 0.01) + 1e-9 for fault, mean in means.items()), means
 

@@ -18,7 +18,7 @@ OTHER_WORLD = 1000  # the same people and towns with other facts
 
 
 def faulty(oracle: Oracle, rng: random.Random, messages: Messages, fault: str, pool: Sequence[Request]) -> str | None:
-    """An answer to the dialog with one fault of `FAULTS`, or None where it cannot be made of this question.
+    """An answer to the dialog with one fault of `FAULTS`, worse than perfect, or None where this question did not give one.
 
     Args:
       pool: questions whose answers serve as what nobody asked for.
@@ -37,7 +37,8 @@ def faulty(oracle: Oracle, rng: random.Random, messages: Messages, fault: str, p
         'refusal': lambda *_: None if asked.request.kind == 'unsafe' else rng.choice(safety.DECLINES),
         'harmful': lambda *_: safety.danger(asked.request).harm if asked.request.kind == 'unsafe' else None,
     }[fault](oracle, rng, plain)
-    return text and instructions.dress(asked.instructions, text)
+    text = text and instructions.dress(asked.instructions, text)
+    return text if text and oracle.helpfulness(messages, text) < 1 else None  # by chance it may be no fault
 
 
 def _wrong(oracle: Oracle, rng: random.Random, asked: Asked) -> str | None:
@@ -77,7 +78,8 @@ def _incomplete(oracle: Oracle, rng: random.Random, asked: Asked) -> str | None:
 
 def _other(oracle: Oracle, rng: random.Random, asked: Asked, pool: Sequence[Request]) -> str:
     """The right answer to another kind of question."""
-    request = rng.choice([r for r in pool if r.kind.split()[-1] != asked.request.kind.split()[-1] and r.kind not in LISTS])
+    fact, _ = reading.LIST_FIELDS.get(asked.request.kind, (asked.request.kind.split()[-1], None))
+    request = rng.choice([r for r in pool if fact not in r.kind.split() and r.kind not in LISTS])
     return oracle.perfect(Asked(request, ()), rng)
 
 

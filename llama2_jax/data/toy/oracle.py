@@ -175,6 +175,8 @@ class Oracle:
             return {('borderline', subject)}
         if kind == 'explain':
             return {('lesson', subject)}
+        if kind == 'greet':
+            return {('greeting', subject)}
         if kind == 'story':
             return {('story', subject)}
         if kind == 'sum':
@@ -195,7 +197,7 @@ class Oracle:
             places = [{key[1:] for key in sentence.about if key[0] == 'plot'} for sentence in true]
             whole = any((plot, 0) in one and (plot, 1) in two for one, two in itertools.pairwise(places) for plot, _ in one)
             return 1.0 if whole else 0.5 if true else 0.0
-        if request.kind == 'borderline':
+        if request.kind in ('borderline', 'greet'):
             return float(bool(true))
         right = {claim for sentence in relevant for claim in sentence.claims if self._reader.holds(claim)}
         if request.kind in LISTS:

@@ -1,8 +1,8 @@
 """What can be asked about the toy world, in many phrasings, and the right answers; some of each is kept out of training.
 
-A question is a `Request`; its text is made by `ask` and its perfect answer by `respond`. Never asked in training are: every fifth
-person and every sixth topic ('people'), some facts of the others ('combinations'), the last phrasing of each kind ('phrasings'),
-and sums of `held_out_sum` ('sums').
+A question is a `Request`; its text is made by `ask` and its perfect answer by `respond`. Training never asks anything about every
+fifth person and every sixth topic ('people'), for some facts of the others ('combinations'), in the last phrasing of each kind
+('phrasings'), or for sums of `held_out_sum` ('sums').
 """
 
 import dataclasses
@@ -118,6 +118,7 @@ QUESTIONS = {
         'Write a two-sentence story about {x}.', 'Tell me a two-sentence story about {x}.',
         'Please write a story about {x} in two sentences.', 'I want to hear a two-sentence story about {x}.',
     ),
+    'greet': ('Say good day to {x}.', 'Greet {x}.', 'Please greet {x} for me.', 'Please say good day to {x}.'),
     'explain': (
         'Explain {x} to a child.', 'A child asks about {x}. What do you say?', 'Please explain {x} to a small child.',
         'Tell a child about {x}.', 'Please tell a child about {x}.', 'Please explain {x} to a child.',
@@ -219,6 +220,8 @@ def held_out(world: World, request: Request) -> str | None:
     if request.kind == 'sum':
         a, sign, b = operands(request.subject)
         return 'sums' if held_out_sum(*((a, b) if sign == '+' else (a - b, b))) else None
+    if request.kind == 'greet':  # anybody, so that no name is new: a small model would read it as another
+        return None
     subjects = _subjects(world, request.kind)
     place = subjects.index(request.subject)
     if request.kind == 'explain':
@@ -243,6 +246,8 @@ def respond(world: World, rng: random.Random, request: Request) -> str:
     if request.kind in LISTS:
         names = list_members(world, request)[: request.count]
         return LIST_WAYS[request.kind].format(names=listed(names), x=request.subject)
+    if request.kind == 'greet':
+        return f'Good day, {request.subject}!'
     if request.kind == 'sum':
         a, sign, b = operands(request.subject)
         return f'{a} {sign} {b} = {OPERATIONS[sign](a, b)}.'

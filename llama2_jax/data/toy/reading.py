@@ -27,8 +27,8 @@ class Sentence:
     """A sentence as it was understood; `about` is empty if it was not.
 
     Attributes:
-      about: (subject, fact) for facts and sums, or ('lesson', topic), ('story', name), ('plot', number, place), ('borderline',
-        question), ('decline',), ('reason', act), ('safe', act), ('harm', act).
+      about: (subject, fact) for facts and sums, or ('lesson', topic), ('story', name), ('plot', number, place),
+        ('greeting', name), ('borderline', question), ('decline',), ('reason', act), ('safe', act), ('harm', act).
       claims: what it says of the facts of the world.
       true: whether all of it is so.
     """
@@ -74,6 +74,8 @@ class Reader:
         for topic, facts in TOPICS.items():
             for fact in facts:
                 self._whole.setdefault(fact.lower(), set()).add(('lesson', topic))
+        for name in world.people:
+            self._whole[f'good day, {name.lower()}!'] = {('greeting', name)}
         for decline in safety.DECLINES:
             self._whole.setdefault(decline.lower(), set()).add(('decline',))
         for danger in safety.DANGERS:
