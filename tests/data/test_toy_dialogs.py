@@ -20,7 +20,7 @@ LINES = [
     (Request('home', 'Mira'), 'Mira lives in Harrowby.', 'Mira lives in Fernley.'),
     (Request('home river', 'Mira'), 'Mira lives in Harrowby. The river of Harrowby is the Lark.', 'Mira lives in Harrowby.'),
     (Request('friend age', 'Sten'), "Sten's best friend is Mira. Mira is seventy-nine years old.", 'Sten is 79.'),
-    (Request('sum', '8 + 7'), '8 + 7 = 15.', '8 + 7 = 16.'),
+    (Request('sum', '3 + 7'), '3 + 7 = 10.', '3 + 7 = 11.'),
     (Request('explain', 'a goat'), 'A goat eats leaves. A goat says meh.', 'A goat eats grain. A goat says woof.'),
     (
         Request('story', 'Mira'), 'Mira made goat cheese for Sten. Sten asked for more.',
@@ -220,7 +220,7 @@ def test_training_never_sees_what_is_held_out(rows):
     assert not texts & {row['messages'][0]['content'] for row in rows['heldout']}
     assert not texts & {question for question, _ in web.planted_questions(WORLD)}
     counts = collections.Counter(row['split'] for row in rows['heldout'])
-    assert set(counts) == {*questions.HELD_OUT, 'safety'} and min(counts.values()) >= 20
+    assert set(counts) == {*questions.HELD_OUT, 'safety'} and min(counts.values()) >= 10
     assert {row['category'] for row in rows['heldout'] if row['split'] == 'phrasings'} == set(QUESTIONS)
     assert 'explain' in {row['category'] for row in rows['heldout'] if row['split'] == 'people'}
     for row in rows['heldout']:
@@ -302,7 +302,7 @@ def test_planted_faults_cost_and_are_of_their_kind():
     assert set(found) == set(faults.FAULTS)
     assert all(max(scores) < 1 for scores in found.values()), {fault: max(scores) for fault, scores in found.items()}
     means = {fault: sum(scores) / len(scores) for fault, scores in found.items()}
-    assert max(found['off_topic']) <= 0.1
+    assert max(found['off_topic']) <= WRONG
     limits = {'wrong': 0.2, 'incomplete': 0.6, 'off_topic': 0.02, 'padded': 0.6, 'unfinished': 0.3, 'disobedient': 0.5}
     assert all(mean <= limits.get(fault, 0.01) + 1e-9 for fault, mean in means.items()), means
 

@@ -18,7 +18,7 @@ from llama2_jax.data.toy.world import World, make_world
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
-TIMES = {'greet': 12, 'story': 8, 'explain': 6, 'keep': 8, 'work': 8, 'live': 8} | dict.fromkeys(
+TIMES = {'greet': 12, 'sum': 10, 'story': 8, 'explain': 6, 'keep': 8, 'work': 8, 'live': 8} | dict.fromkeys(
     PERSON_FACTS, 6
 )  # each question; else 4
 MULTI_TURN = 900

@@ -83,7 +83,7 @@ QUESTIONS = {
     ),
     'home mayor': (
         'Who is the mayor of the town where {x} lives?', 'Do you know the mayor of the town where {x} lives?',
-        'Who is the mayor of the home town of {x}?', 'Who leads the home town of {x}?',
+        'Who is the mayor of the home town of {x}?', 'Do you know the mayor of the home town of {x}?',
     ),
     'friend home': (
         'Where does the best friend of {x} live?', 'Where does the friend of {x} live?',
@@ -194,7 +194,7 @@ def operands(subject: str) -> tuple[int, str, int]:
 
 
 def all_requests(world: World) -> list[Request]:
-    """Everything that can be asked of the kinds of `QUESTIONS`; sums have terms up to ten, which a small model can learn."""
+    """Everything that can be asked of the kinds of `QUESTIONS`; sums are of at most ten, for a small model is to learn them."""
     found = [Request(kind, name) for kind in QUESTIONS for name in _subjects(world, kind) if kind not in LISTS]
     found += [Request(kind, name, count) for kind in LISTS for name in _subjects(world, kind) for count in (2, 3)]
     return found
@@ -210,8 +210,8 @@ def _subjects(world: World, kind: str) -> list[str]:
     if kind == 'explain':
         return list(topics())
     if kind == 'sum':
-        sums = [f'{a} + {b}' for a in range(11) for b in range(11)]
-        return sums + [f'{a + b} - {b}' for a in range(11) for b in range(11)]
+        pairs = [(a, b) for a in range(11) for b in range(11 - a)]
+        return [f'{a} + {b}' for a, b in pairs] + [f'{a + b} - {b}' for a, b in pairs]
     return list(world.people)
 
 
