@@ -11,8 +11,10 @@ import pytest
 from huggingface import from_theirs, random_pair, to_theirs
 
 from llama2_jax.config import ModelConfig
-from llama2_jax.model.generate import generate
+from llama2_jax.mesh import decoding_mesh
+from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 
 torch = pytest.importorskip('torch')
@@ -90,21 +92,6 @@ def test_schedule_by_hand():
     assert {step: round(float(rate(step)), 10) for step in expected} == expected
 
 
-def test_greedy_continuations_are_those_of_transformers():
-    ours, theirs = random_pair(GQA)
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(1, 97, size=size).tolist() for size in (1, 7, 13, 2)]
-    expected = [
-        theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
-    assert generate(ours, prompts, 20, eos_id=-1) == expected
-    eos = expected[1][4]
-    cut = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
-    assert generate(ours, prompts, 20, eos_id=eos) == cut
-    assert len(cut[1]) <= 5
-
-
 @pytest.fixture(scope='module')
 def stories(shared):
     """The 260K-parameter story model and its golden results."""
@@ -115,17 +102,19 @@ def stories(shared):
 
     config = ModelConfig(vocab_size=512, dim=64, layers=5, heads=8, kv_heads=4, head_dim=8, hidden=172, context=512)
     model = from_theirs(config, load_file(directory / 'hf' / 'model.safetensors'))
-    return model, json.loads((directory / 'golden.json').read_text()), np.load(directory / 'golden_logits_first32.npy')
+    return directory, model, json.loads((directory / 'golden.json').read_text()), np.load(directory / 'golden_logits_first32.npy')
 
 
 def test_logits_of_stories260k(stories):
-    model, golden, logits = stories
+    _, model, golden, logits = stories
     tokens = np.array([golden['greedy'][:32]], np.int32)
     np.testing.assert_allclose(model.logits(model(tokens))[0], logits, rtol=0, atol=1e-3)
 
 
 def test_greedy_text_of_stories260k(stories):
-    model, golden, _ = stories
+    directory, model, golden, _ = stories
     prompt, new = golden['prompt'], golden['greedy'][len(golden['prompt']) :]
     assert len(new) == 200
-    assert generate(model, [prompt], 200, eos_id=2) == [new]
+    engine = Engine(model, Tokenizer(directory / 'hf'), mesh=decoding_mesh(model.config, jax.devices()[:1]))
+    [[sample]] = engine.generate([Request(prompt, 200, temperature=0)])
+    assert sample.token_ids == new

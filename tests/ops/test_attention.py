@@ -1,10 +1,11 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama2_jax.config import ModelConfig
+from llama2_jax.mesh import decoding_mesh, replicate, reshard
+from llama2_jax.model.slots import shards
 from llama2_jax.ops.attention import attention, attention_with_cache, implementation_for
 
 
@@ -105,17 +106,32 @@ def test_unknown_kernel():
         attention(*inputs(4, 2, 2, 8), implementation='fast')
 
 
-def test_cached_pieces_are_the_whole():
-    """Read in pieces, rows of different lengths give what the whole sequence gives; what lies beyond is never read."""
-    q, k, v = inputs(6, 4, 2, 8)
+@pytest.mark.parametrize('devices', [1, 8])
+def test_cached_and_new_are_the_whole(devices):
+    """Keys in the cache and keys beside it give what the whole sequence gives; what lies beyond a length is never seen."""
+    config = ModelConfig(vocab_size=64, dim=32, layers=1, heads=8, kv_heads=2, head_dim=8, hidden=32, context=16)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(4, 9, heads, 8)).astype(np.float32) for heads in (8, 2, 2))
     whole = attention(q, k, v)
-    extend = jax.jit(partial(attention_with_cache))
-    for row, first in ((0, 3), (1, 2)):
-        keys = values = np.full((1, 9, 2, 8), 1e4, np.float32)
-        start, out = 0, []
-        for size in (first, 1, 5 - first):
-            piece = slice(start, start + size)
-            new, keys, values = extend(*(x[row : row + 1, piece] for x in (q, k, v)), np.array([start], np.int32), keys, values)
-            out.append(new)
-            start += size
-        np.testing.assert_allclose(np.concatenate(out, axis=1)[0], whole[row], rtol=0, atol=1e-5)
+    lengths, new = np.array([0, 3, 5, 2], np.int32), 4
+    take = lambda x: np.stack([row[start : start + new] for row, start in zip(x, lengths, strict=True)])  # noqa: E731
+    cached = [np.full((4, 2, 12, 8), 1e4, np.float32) for _ in 'kv']
+    for full, cache in zip((k, v), cached, strict=True):
+        for row, length in enumerate(lengths):
+            cache[row, :, :length] = full[row, :length].swapaxes(0, 1)
+    mesh = decoding_mesh(config, jax.devices()[:devices])
+    order = np.array([2, 0, 3, 1]) if devices == 1 else np.arange(4)  # rows may lie elsewhere in the cache of their device
+    slot = np.array([1, 3, 0, 2], np.int32) if devices == 1 else np.arange(4, dtype=np.int32) % (4 // shards(mesh))
+
+    @jax.jit
+    def run(q, k, v, cached_k, cached_v, lengths, slot):
+        arrays = (reshard(q, 'BLHK'), *(reshard(x.swapaxes(1, 2), 'RGLK') for x in (k, v)))
+        cache = (reshard(x, 'RGMK') for x in (cached_k, cached_v))
+        out = attention_with_cache(
+            *arrays, jnp.tril(jnp.ones((new, new), bool)), *cache, reshard(lengths, 'R'), reshard(slot, 'R')
+        )
+        return replicate(out)
+
+    with jax.set_mesh(mesh):
+        found = run(take(q), take(k), take(v), *(cache[order] for cache in cached), lengths, slot)
+    np.testing.assert_allclose(found, take(np.asarray(whole)), rtol=0, atol=1e-5)

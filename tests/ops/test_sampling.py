@@ -3,13 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama2_jax.ops.sampling import nucleus, sample
+from llama2_jax.ops.sampling import best, inverse_cdf, nucleus, sample
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])  # sorted: 1, 3, 4, 0, 2; cumulated: 0.4, 0.7, 0.85, 0.95, 1
+LOGITS = jnp.log(jnp.array(PROBABILITIES, jnp.float32))[None]
+
+
+def kept(logits):
+    return set(np.flatnonzero(np.isfinite(np.asarray(logits)[0])))
 
 
 @pytest.mark.parametrize(
-    ('top_p', 'kept'),
+    ('top_p', 'expected'),
     [
         (0.0, {1}),
         (0.39, {1}),
@@ -21,38 +26,85 @@ PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])  # sorted: 1, 3, 4, 0, 2; 
         (1.0, {0, 1, 2, 3, 4}),
     ],
 )
-def test_nucleus_by_hand(top_p, kept):
+def test_nucleus_by_hand(top_p, expected):
     """A token stays where those before it have at most `top_p`, so the one that crosses is in."""
-    logits = jnp.log(jnp.array(PROBABILITIES, jnp.float32))[None]
-    found = np.asarray(nucleus(logits, top_p))[0]
-    assert set(np.flatnonzero(np.isfinite(found))) == kept
-    assert np.array_equal(found[sorted(kept)], logits[0][jnp.array(sorted(kept))])
+    found = nucleus(LOGITS, jnp.array([top_p]))
+    assert kept(found) == expected
+    assert np.array_equal(found[0][jnp.array(sorted(expected))], LOGITS[0][jnp.array(sorted(expected))])
 
 
-def draw(count, temperature, top_p):
-    logits = jnp.log(jnp.array(PROBABILITIES, jnp.float32))[None].repeat(count, axis=0) + 7
-    tokens = sample(logits, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
+def test_nucleus_is_that_of_a_sort():
+    """Meta's rule spelt out on 300 rows of 1,000 logits of both signs."""
+    rng = np.random.default_rng(0)
+    logits, top_p = rng.normal(size=(300, 1000)).astype(np.float32) * 3, rng.uniform(0, 1, 300).astype(np.float32)
+    found = np.isfinite(np.asarray(nucleus(jnp.asarray(logits), jnp.asarray(top_p))))
+    for row, limit, ours in zip(logits.astype(np.float64), top_p, found, strict=True):
+        order = np.argsort(-row)
+        probabilities = np.exp(row[order] - row.max()) / np.exp(row - row.max()).sum()
+        before = np.cumsum(probabilities) - probabilities
+        expected = np.zeros(1000, bool)
+        expected[order[before <= limit]] = True
+        doubtful = np.abs(before - limit) < 1e-5  # float32 may see these either way
+        assert np.array_equal(ours[order][~doubtful], expected[order][~doubtful])
+
+
+@pytest.mark.parametrize(('k', 'expected'), [(0, {0, 1, 2, 3, 4}), (1, {1}), (3, {1, 3, 4}), (9, {0, 1, 2, 3, 4})])
+def test_the_best_k(k, expected):
+    assert kept(best(LOGITS, jnp.array([k]))) == expected
+
+
+def test_inverse_cdf_by_hand():
+    """Tokens take up their probabilities in order; what has none is never taken, whatever the number."""
+    logits = jnp.log(jnp.array([[0.0, 0.25, 0.0, 0.75, 0.0]])).repeat(6, axis=0)
+    uniform = jnp.array([0.0, 0.2499, 0.2501, 0.5, 0.999, 1 - 2**-23])
+    assert inverse_cdf(logits, uniform).tolist() == [1, 1, 3, 3, 3, 3]
+    wide = jnp.full((3, 1000), -jnp.inf).at[:, jnp.array([127, 128, 999])].set(0.0)
+    assert inverse_cdf(wide, jnp.array([0.33, 0.34, 0.99])).tolist() == [127, 128, 999]
+
+
+def draw(count, temperature, top_p, top_k=0):
+    def rows(value, dtype):
+        return jnp.full(count, value, dtype)
+
+    uniform = jax.random.uniform(jax.random.key(0), count)
+    settings = (rows(temperature, jnp.float32), rows(top_p, jnp.float32), rows(top_k, jnp.int32))
+    tokens, logprobs = sample(LOGITS.repeat(count, axis=0) + 7, uniform, *settings)
     assert tokens.dtype == jnp.int32 and tokens.shape == (count,)
-    return np.bincount(tokens, minlength=5)
+    return np.bincount(tokens, minlength=5), np.asarray(tokens), np.asarray(logprobs)
 
 
 @pytest.mark.parametrize(
-    ('temperature', 'top_p', 'expected'),
+    ('temperature', 'top_p', 'top_k', 'expected'),
     [
-        (1.0, 1.0, PROBABILITIES),
-        (0.5, 1.0, PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
-        (1.0, 0.6, np.array([0, 4, 0, 3, 0]) / 7),
+        (1.0, 1.0, 0, PROBABILITIES),
+        (0.5, 1.0, 0, PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
+        (1.0, 0.6, 0, np.array([0, 4, 0, 3, 0]) / 7),
         # Temperature comes first: squared, 1 and 3 have 0.903 of the probability.
-        (0.5, 0.8, np.array([0, 16, 0, 9, 0]) / 25),
+        (0.5, 0.8, 0, np.array([0, 16, 0, 9, 0]) / 25),
+        (1.0, 1.0, 3, np.array([0, 0.4, 0, 0.3, 0.15]) / 0.85),
+        # Of what the best three leave, 1 and 3 have 0.82 of the probability.
+        (1.0, 0.8, 3, np.array([0, 4, 0, 3, 0]) / 7),
     ],
 )
-def test_frequencies(temperature, top_p, expected):
+def test_frequencies(temperature, top_p, top_k, expected):
     """Chi-square of 20,000 draws; 23.5 is its 99.99th percentile with 4 degrees of freedom."""
-    counts = draw(20_000, temperature, top_p)
+    counts, tokens, logprobs = draw(20_000, temperature, top_p, top_k)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     assert np.sum((counts - 20_000 * expected)[possible] ** 2 / (20_000 * expected)[possible]) < 23.5
+    whole = PROBABILITIES ** (1 / temperature)  # the log-probabilities know nothing of top-p and top-k
+    np.testing.assert_allclose(logprobs, np.log(whole / whole.sum())[tokens], rtol=0, atol=1e-6)
 
 
 def test_temperature_zero_takes_the_best():
-    assert draw(50, 0.0, 1.0).tolist() == [0, 50, 0, 0, 0]
+    counts, _, logprobs = draw(50, 0.0, 1.0)
+    assert counts.tolist() == [0, 50, 0, 0, 0]
+    np.testing.assert_allclose(logprobs, np.log(0.4), rtol=0, atol=1e-6)
+
+
+def test_rows_have_settings_of_their_own():
+    uniform = jnp.array([0.9, 0.9, 0.9, 0.9])
+    tokens, _ = sample(
+        LOGITS.repeat(4, axis=0), uniform, jnp.array([1.0, 0, 1, 1]), jnp.array([1.0, 1, 0.5, 1]), jnp.array([0, 0, 0, 1])
+    )
+    assert tokens.tolist() == [4, 1, 3, 1]
