@@ -107,16 +107,19 @@ def _cached(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, le
         cached_k_RGMK, cached_v_RGMK = cached_k_RGMK[slot_R], cached_v_RGMK[slot_R]
     q_RGPLK = (q_BLHK * K**-0.5).reshape(R, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
     visible_RM = jnp.arange(M)[None] < length_R[:, None]
-    scores = jnp.concatenate(
-        [
-            _masked_scores(q_RGPLK, cached_k_RGMK, visible_RM[:, None, None, None]),
-            _masked_scores(q_RGPLK, k_RGLK, visible_LL[None, None, None]),
-        ],
-        axis=-1,
+    scores = [
+        _masked_scores(q_RGPLK, cached_k_RGMK, visible_RM[:, None, None, None]),
+        _masked_scores(q_RGPLK, k_RGLK, visible_LL[None, None, None]),
+    ]
+    # One softmax over both. A query sees itself at least, so the maximum is that of something visible.
+    top = jnp.maximum(*(jnp.max(some, axis=-1, keepdims=True, initial=-jnp.inf) for some in scores))
+    exps = [jnp.exp(some - top) for some in scores]
+    total = sum(some.sum(axis=-1, keepdims=True) for some in exps)
+    out_RGPLK = sum(
+        jnp.einsum('RGPLM,RGMK->RGPLK', some.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for some, v in zip(exps, (cached_v_RGMK, v_RGLK), strict=True)
     )
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_RGLK.dtype)
-    out_RGPLK = jnp.einsum('RGPLM,RGMK->RGPLK', weights[..., :M], cached_v_RGMK)
-    out_RGPLK += jnp.einsum('RGPLM,RGMK->RGPLK', weights[..., M:], v_RGLK)
+    out_RGPLK = (out_RGPLK / total).astype(v_RGLK.dtype)
     out_RLHK = out_RGPLK.transpose(0, 3, 1, 2, 4).reshape(R, L, H, K)
     return jax.lax.all_to_all(out_RLHK, 'rows', split_axis=2, concat_axis=0, tiled=True) if shards > 1 else out_RLHK
 

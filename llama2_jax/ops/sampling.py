@@ -24,15 +24,17 @@ def sample(
     """
     greedy_B = temperature_B <= 0
     scaled_BV = logits_BV / jnp.where(greedy_B, 1, temperature_B)[:, None]
-    cut_BV = jax.lax.cond(jnp.any((top_k_B > 0) & ~greedy_B), best, lambda x_BV, k_B: x_BV, scaled_BV, top_k_B)
-    cut_BV = jax.lax.cond(jnp.any((top_p_B < 1) & ~greedy_B), nucleus, lambda x_BV, p_B: x_BV, cut_BV, top_p_B)
-    drawn_B = inverse_cdf(cut_BV, uniform_B)
-    best_B = jax.lax.cond(
-        jnp.any(greedy_B), lambda x_BV: jnp.argmax(x_BV, axis=-1).astype(jnp.int32), lambda x_BV: drawn_B, logits_BV
-    )
-    token_B = jnp.where(greedy_B, best_B, drawn_B)
-    logprobs_BV = jax.nn.log_softmax(scaled_BV, axis=-1)
-    return token_B, jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+    top_B = scaled_BV.max(axis=-1)
+    best_B = jnp.min(jnp.where(scaled_BV == top_B[:, None], jnp.arange(scaled_BV.shape[-1])[None], scaled_BV.shape[-1]), axis=-1)
+
+    def draw(scaled_BV):
+        cut_BV = jax.lax.cond(jnp.any((top_k_B > 0) & ~greedy_B), best, lambda x_BV, k_B: x_BV, scaled_BV, top_k_B)
+        cut_BV = jax.lax.cond(jnp.any((top_p_B < 1) & ~greedy_B), nucleus, lambda x_BV, p_B: x_BV, cut_BV, top_p_B)
+        return jnp.where(greedy_B, best_B, inverse_cdf(cut_BV, uniform_B))
+
+    token_B = jax.lax.cond(jnp.all(greedy_B), lambda _: best_B, draw, scaled_BV)
+    rest_B = jnp.log(jnp.sum(jnp.exp(scaled_BV - top_B[:, None]), axis=-1))
+    return token_B, jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0] - top_B - rest_B
 
 
 def best(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
