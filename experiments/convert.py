@@ -14,8 +14,8 @@ from common import tool
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
-from llama2_jax.convert.load import open_model
 from llama2_jax.convert.llamacpp import QUANTISED
+from llama2_jax.convert.load import open_model
 from llama2_jax.convert.source import DTYPES
 from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
 

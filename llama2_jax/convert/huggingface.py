@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.names import Key, from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
 from llama2_jax.convert.source import (
     DTYPES,
     Source,
     Stored,
+    Stream,
     check_tensors,
     common_dtype,
     read_bytes,
@@ -43,15 +44,13 @@ SHAPE = (
     *('head_dim', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters'),
 )
 # Attributes that change no logits, or that are looked at elsewhere.
-HARMLESS = frozenset(
-    (
-        '_name_or_path _commit_hash _attn_implementation architectures auto_map attention_dropout bos_token_id eos_token_id '
-        'pad_token_id dtype torch_dtype initializer_range pretraining_tp tie_word_embeddings transformers_version use_cache '
-        'max_sequence_length id2label label2id num_labels problem_type output_attentions output_hidden_states return_dict '
-        'classifier_dropout unsloth_version unsloth_fixed max_length temperature top_p do_sample'
-    ).split()
+HARMLESS = (
+    *('_name_or_path', '_commit_hash', '_attn_implementation', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'use_cache'),
+    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_sequence_length', 'max_length', 'temperature', 'top_p', 'do_sample'),
+    *('attention_dropout', 'classifier_dropout', 'initializer_range', 'pretraining_tp', 'tie_word_embeddings', 'return_dict'),
+    *('id2label', 'label2id', 'num_labels', 'problem_type', 'output_attentions', 'output_hidden_states', 'transformers_version'),
 )
-# {{ … }} of Jinja; what Meta's chat_completion renders (recipe D.1).
+# What Meta's chat_completion renders, in Jinja (recipe D.1).
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(due='user', opening='') -%}
 {%- for message in messages -%}
@@ -202,9 +201,7 @@ def safetensors_in(path: Path) -> dict[str, Stored]:
             if end - begin != int(np.prod(entry['shape'])) * dtype.itemsize or begin < 0:
                 raise ValueError
             if 8 + length + end > size:
-                raise UserError(
-                    f'{path} is cut short: tensor {name!r} ends after {8 + length + end} bytes, the file after {size}.'
-                )
+                raise UserError(f'{path} is cut short: it has {size} bytes, and tensor {name!r} ends after {8 + length + end}.')
             found[name] = Stored(path, 8 + length + begin, tuple(entry['shape']), dtype)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path} is damaged: its header is not that of a safetensors file.') from None
@@ -218,14 +215,14 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tuple[Key, np.ndarray]]) -> None:
+def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> None:
     """Writes a directory of Hugging Face's: safetensors files of 5 GB at most, config.json last.
 
     Args:
       path: exists and is empty.
       model: for all but the tensors.
       dtype: of the tensors.
-      stream: the tensors in the order of `names.keys`.
+      stream: the tensors.
     """
     config = model.config
     wanted = their_names(config, model.head, 'hf')
@@ -235,15 +232,14 @@ def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Iterab
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    places, arrays = {}, iter(stream)
+    places, matrices = {}, stream(lambda name, array: to_theirs(name, array, config, 'hf'))
     for number, names in enumerate(shards, 1):
         file = 'model.safetensors' if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         places |= dict.fromkeys(names, file)
         with (path / file).open('wb', buffering=0) as out:
             _write_all(out, _header({name: their_shape(wanted[name][0], config) for name in names}, dtype))
             for _ in names:
-                (ours, _), array = next(arrays)
-                _write_all(out, to_theirs(ours, array, config, 'hf').reshape(-1).view(np.uint8))
+                _write_all(out, next(matrices)[1].reshape(-1).view(np.uint8))
     if len(shards) > 1:
         write_json(path / 'model.safetensors.index.json', {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places})
     _write_tokenizer(path, model)
@@ -315,7 +311,7 @@ def _write_tokenizer(path: Path, model: Source) -> None:
         'pad_token': None,
         'model_max_length': model.config.context,
         'clean_up_tokenization_spaces': False,
-        'legacy': False,
+        'legacy': True,  # a space goes before every text, also one that begins with a space, as SentencePiece does
         'sp_model_kwargs': {},
         'chat_template': CHAT_TEMPLATE,
     }

@@ -1,6 +1,9 @@
 """GGUF, the one-file format of llama.cpp, through its `gguf` library: weights, shape, tokenizer and chat template."""
 
-from collections.abc import Iterable
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,12 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.huggingface import CHAT_TEMPLATE
-from llama2_jax.convert.names import Key, from_theirs, their_names, their_shape, to_theirs
-from llama2_jax.convert.source import DTYPES, Source, Stored, check_tensors, read_bytes
+from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_tensors, read_bytes
 from llama2_jax.text.tokenizer import Tokenizer
 
 PLAIN = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # GGUF's name -> ours
 QUANTISED = 'q8_0'  # 32 numbers of 8 bits share a scale
-ROPE = 'llama.rope.'
 
 
 def import_gguf() -> Any:
@@ -125,7 +127,7 @@ def _read_fields(path: Path, fields: dict[str, Any], vocab_size: int) -> ModelCo
 
 
 def _tokenizer_model(path: Path, reader: Any) -> bytes:
-    """A SentencePiece model of the pieces in the file, with LLaMA 2's settings (recipe B): a GGUF file does not hold the original.
+    """A SentencePiece model of the pieces in the file, with LLaMA 2's settings (recipe B); the original is not in it.
 
     Raises:
       UserError: the tokenizer is of another kind.
@@ -153,14 +155,14 @@ def _tokenizer_model(path: Path, reader: Any) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Iterable[tuple[Key, np.ndarray]]) -> None:
+def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream) -> None:
     """Writes a .gguf file.
 
     Args:
       path: of the file.
       model: for all but the tensors.
       dtype: of the matrices; QUANTISED quantises them. The norms' scales are float32, as llama.cpp wants them.
-      stream: the tensors in the order of `names.keys`.
+      stream: the tensors.
 
     Raises:
       UserError: rows do not divide into the blocks of a quantised type.
@@ -174,31 +176,44 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Iterabl
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if name == 'F32' else gguf.LlamaFileType[f'MOSTLY_{name}'])
     _add_shape(writer, config)
     _add_tokenizer(writer, model.tokenizer(), gguf)
-    kinds = {}
     block, size = gguf.GGML_QUANT_SIZES[kind]
     for theirs, (ours, _) in wanted.items():
         shape = their_shape(ours, config)
         if len(shape) == 1:
-            kinds[theirs] = gguf.GGMLQuantizationType.F32
-            writer.add_tensor_info(theirs, shape, np.dtype(np.float32), 4 * shape[0], kinds[theirs])
+            writer.add_tensor_info(theirs, shape, np.dtype(np.float32), 4 * shape[0], gguf.GGMLQuantizationType.F32)
             continue
         if shape[-1] % block:
-            raise UserError(
-                f'{theirs!r} has rows of {shape[-1]} numbers, and {QUANTISED} takes blocks of {block}: use --dtype=float16.'
-            )
-        kinds[theirs] = kind
+            raise UserError(f'{theirs!r} has rows of {shape[-1]}, and {QUANTISED} takes blocks of {block}: use another --dtype.')
         writer.add_tensor_info(theirs, shape, np.dtype(np.float16), int(np.prod(shape)) // block * size, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for theirs, ((ours, _), array) in zip(wanted, stream, strict=True):
-        matrix = to_theirs(ours, array, config, 'gguf')
-        if kinds[theirs].name in PLAIN:
-            matrix = matrix.astype(DTYPES[PLAIN[kinds[theirs].name]], copy=False)
+
+    def prepare(name: str, array: np.ndarray) -> np.ndarray:
+        matrix = to_theirs(name, array, config, 'gguf')
+        if matrix.ndim == 1:
+            return matrix.astype(np.float32, copy=False)
+        return gguf.quants.quantize(matrix.astype(np.float32, copy=False), kind) if dtype == QUANTISED else matrix
+
+    with _closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, matrix in stream(prepare):
             writer.write_tensor_data(matrix.view(np.uint8))
-        else:
-            writer.write_tensor_data(gguf.quants.quantize(matrix.astype(np.float32, copy=False), kinds[theirs]))
-    writer.close()
+
+
+@contextlib.contextmanager
+def _closing(writer: Any) -> Iterator[None]:
+    """Closes the file; numpy, by which the library writes, reports a full disk without the system's number for it."""
+    try:
+        yield
+        writer.close()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            writer.close()
+        raise error if error.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            writer.close()
+        raise
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:

@@ -1,6 +1,6 @@
 """Meta's format: consolidated.00.pth, …, one file a model-parallel shard, with params.json and tokenizer.model."""
 
-from collections.abc import Iterable
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from llama2_jax.convert.names import Key, cut_axis, from_theirs, their_names, th
 from llama2_jax.convert.source import (
     Source,
     Stored,
+    Stream,
     check_tensors,
     common_dtype,
     read_json,
@@ -106,14 +107,14 @@ def check_shards(config: ModelConfig, shards: int, where: str) -> None:
             raise UserError(f'{where}: model.{name}={size} cannot be cut into {shards} shards.')
 
 
-def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tuple[Key, np.ndarray]], shards: int) -> None:
+def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Stream, shards: int) -> None:
     """Writes a directory of Meta's.
 
     Args:
       path: exists and is empty.
       model: for all but the tensors.
       dtype: of the tensors.
-      stream: the tensors in the order of `names.keys`.
+      stream: the tensors.
       shards: model-parallel shards.
 
     Raises:
@@ -123,14 +124,13 @@ def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tupl
     params = make_params(config)
     check_shards(config, shards, f'--shards={shards}')
     shapes = {name: their_shape(key[0], config, shards) for name, key in their_names(config, model.head, 'meta').items()}
-    files = [TorchFile(path / f'consolidated.{i:02d}.pth', shapes, dtype) for i in range(shards)]
-    for (name, _), array in stream:
-        matrix, axis = to_theirs(name, array, config, 'meta'), cut_axis(name)
-        parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
-        for file, part in zip(files, parts, strict=True):
-            file.write(np.ascontiguousarray(part))
-    for file in files:
-        file.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(TorchFile(path / f'consolidated.{i:02d}.pth', shapes, dtype)) for i in range(shards)]
+        for (name, _), matrix in stream(lambda name, array: to_theirs(name, array, config, 'meta')):
+            axis = cut_axis(name)
+            parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
+            for file, part in zip(files, parts, strict=True):
+                file.write(np.ascontiguousarray(part))
     (path / 'tokenizer.model').write_bytes(model.tokenizer())
     write_json(path / 'params.json', params)
 

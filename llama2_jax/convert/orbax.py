@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 import tensorstore as ts
 
 from llama2_jax.config import ModelConfig, UserError, from_dict
-from llama2_jax.convert.names import BLOCK, HEADS, Key, contiguous, keys, shape
-from llama2_jax.convert.source import DTYPES, Source, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
+from llama2_jax.convert.names import BLOCK, HEADS, contiguous, keys, shape
+from llama2_jax.convert.source import DTYPES, Source, Stream, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
 from llama2_jax.model.llama import Llama
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def open_orbax(path: Path) -> Source:
     except ValueError as error:
         raise _damage(params, error) from None
     head = next((name for name in HEADS if name in arrays), 'head_DV')
-    wanted = {name for name, _ in keys(config, head)}
+    wanted = dict.fromkeys(name for name, _ in keys(config, head))
     for name in arrays:
         if name not in wanted:
             raise UserError(f'{params} holds {name!r}, which is not wanted; {nearest_name(name, wanted)}')
@@ -122,7 +122,7 @@ def open_orbax(path: Path) -> Source:
     return Source(path, 'orbax', config, dtype, head, read, partial(tokenizer_beside, path), provenance)
 
 
-def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tuple[Key, np.ndarray]]) -> None:
+def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> None:
     """Writes a model directory, one layer's tensor at a time, which Orbax itself does not: it wants whole arrays in memory.
 
     The arrays go through TensorStore into the files that Orbax would write, with its metadata; Orbax restores them.
@@ -131,15 +131,24 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Iterable[tup
       path: exists and is empty.
       model: for all but the tensors.
       dtype: of the tensors.
-      stream: the tensors in the order of `names.keys`.
+      stream: the tensors.
     """
     config, params = model.config, path / 'params'
     layers = {name: config.layers if name in BLOCK else None for name, _ in keys(config, model.head)}
     context = ts.Context()  # one, or every array would keep an index of its own and overwrite the others'
     arrays = {name: _create(params, name, count, shape(name, config), dtype, context) for name, count in layers.items()}
-    for (name, layer), array in stream:
-        target = arrays[name] if layer is None else arrays[name][layer]
-        target.write(contiguous(array)).result()
+    under_way: deque[ts.WriteFutures] = deque()
+    try:
+        for (name, layer), array in stream(lambda _, array: contiguous(array)):
+            target = arrays[name] if layer is None else arrays[name][layer]
+            under_way.append(target.write(array, can_reference_source_data_indefinitely=True))
+            if len(under_way) > 1:
+                under_way.popleft().result()
+        while under_way:
+            under_way.popleft().result()
+    finally:
+        for write in under_way:  # after an error: nothing may write while the directory is removed
+            write.exception()
     entries = {}
     for name, array in arrays.items():
         parts = _dotted(name).split('.')

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ DTYPES = {
     'bfloat16': np.dtype(ml_dtypes.bfloat16),
     'float16': np.dtype(np.float16),
 }
+
+
+# Given how to turn a parameter into what a file holds, (name, array) -> array: the parameters in the order of `names.keys`,
+# turned by other threads while the last one is being written.
+Stream = Callable[[Callable[[str, np.ndarray], np.ndarray]], Iterator[tuple[Key, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """PyTorch's file format: where each tensor of a file lies, and writing one tensor after the other.
 
-Such a file is an uncompressed zip archive: `data.pkl` lists the tensors, and the numbers of each are a member of their own. Reading
-goes through `torch.load(weights_only=True)`, which runs no code from the file, and with fake tensors, which hold no numbers.
+Such a file is an uncompressed zip archive: `data.pkl` lists the tensors, and the numbers of each are a member of their own.
+Reading goes through `torch.load(weights_only=True)`, which runs no code from the file, with fake tensors, which hold no numbers.
 """
 
+import contextlib
 import io
 import pickle
 import struct
@@ -72,8 +73,9 @@ class TorchFile:
     """Writes a file that `torch.load` reads as a dict of tensors. They are given one by one, in the order of `shapes`."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
-        self._zip = zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED)
-        self._file, self._stem, self._count = self._zip.fp, path.stem, 0
+        self._file = path.open('wb')
+        self._zip = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
+        self._stem, self._count = path.stem, 0
         self._member('data.pkl', _pickled(shapes, dtype))
         self._member('byteorder', b'little')
 
@@ -82,10 +84,19 @@ class TorchFile:
         self._member(f'data/{self._count}', array.reshape(-1).view(np.uint8))
         self._count += 1
 
-    def close(self) -> None:
-        """Completes the file."""
-        self._member('version', b'3\n')
-        self._zip.close()
+    def __enter__(self) -> 'TorchFile':
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Completes the file, unless writing it has failed."""
+        if kind is None:
+            self._member('version', b'3\n')
+            self._zip.close()
+            self._file.close()
+            return
+        self._zip.fp = None  # or it would write its index when it is collected
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _member(self, name: str, content: Any) -> None:
         info = zipfile.ZipInfo(f'{self._stem}/{name}')

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +17,7 @@ import numpy as np
 from llama2_jax.config import UserError
 from llama2_jax.convert.huggingface import write_huggingface
 from llama2_jax.convert.llamacpp import QUANTISED, write_gguf
-from llama2_jax.convert.load import check_local, load_model, open_model, tokenizer_of
+from llama2_jax.convert.load import check_local, load_model, tokenizer_of
 from llama2_jax.convert.meta import check_shards, make_params, write_meta
 from llama2_jax.convert.names import Key, keys, shape, their_names
 from llama2_jax.convert.orbax import write_orbax
@@ -23,13 +26,14 @@ from llama2_jax.train.workdir import out_of_space
 
 FORMS = ('orbax', 'hf', 'meta', 'gguf')
 LOGIT_TOKENS = 64
+READERS = 2  # threads; as many tensors are read ahead
 Progress = Callable[[int], None]
 
 
 def convert(
     source: Source, output: str | Path, form: str, dtype: str | None = None, shards: int = 1, progress: Progress = lambda _: None
 ) -> None:
-    """Writes a model in another format, whole or not at all; at most two tensors and their copies are in memory.
+    """Writes a model in another format, whole or not at all; a few tensors are in memory at a time.
 
     Args:
       source: what `open_model` gives.
@@ -48,7 +52,8 @@ def convert(
     target = dtype if dtype == QUANTISED else DTYPES[dtype or source.dtype.name]
     if source.form != 'orbax':
         source = dataclasses.replace(source, provenance={'stage': 'convert', 'parent': str(source.path), 'step': None})
-    with _staged(output) as path, contextlib.closing(_stream(source, target, progress)) as stream:
+    stream = partial(_stream, source, target, progress)
+    with _staged(output) as path:
         if form == 'gguf':
             write_gguf(path, source, target, stream)
             return
@@ -95,8 +100,8 @@ def _staged(output: Path) -> Iterator[Path]:
     except (OSError, ValueError) as error:
         if out_of_space(error):
             raise UserError(f'No space left while writing {output}: nothing was kept of it.') from None
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise UserError(f'{output} cannot be written: {error.strerror}.') from None
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f'{error.filename or output} cannot be read or written: {error.strerror}.') from None
         raise
     finally:
         _remove(path)
@@ -118,34 +123,36 @@ def _flush(file: Path) -> None:
         os.close(descriptor)
 
 
-def _stream(source: Source, dtype: np.dtype | str, progress: Progress) -> Iterator[tuple[Key, np.ndarray]]:
-    """The tensors in order, each cast; the next one is read while the last one is being written."""
+def _stream(
+    source: Source, dtype: np.dtype | str, progress: Progress, prepare: Callable[[str, np.ndarray], np.ndarray]
+) -> Iterator[tuple[Key, np.ndarray]]:
+    """The tensors in order, each read, cast and prepared by other threads while the last one is being written."""
 
-    def read(key: Key) -> np.ndarray:
+    def ready(key: Key) -> tuple[Key, int, np.ndarray]:
         array = source.read(*key)
-        if dtype == QUANTISED:
-            return array
-        with np.errstate(over='ignore'):
-            cast = array.astype(dtype, copy=False)
-        if dtype == np.float16 and array.dtype != dtype and not np.isfinite(cast).all():
-            raise UserError(f'{source.path}: {key[0]!r} of layer {key[1]} holds numbers beyond those of float16: use bfloat16.')
-        return cast
+        return key, array.size * source.dtype.itemsize, prepare(key[0], _cast(source, key, array, dtype))
 
-    with ThreadPoolExecutor(1) as executor:
-        waiting = None
-        for key in keys(source.config, source.head):
-            following = (key, executor.submit(read, key))
-            if waiting:
-                yield _finished(waiting, progress)
-            waiting = following
-        yield _finished(waiting, progress)
+    executor, waiting = ThreadPoolExecutor(READERS), deque()
+    todo = keys(source.config, source.head)
+    try:
+        waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, READERS))
+        while waiting:
+            key, size, array = waiting.popleft().result()
+            waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, 1))
+            progress(size)
+            yield key, array
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
-def _finished(waiting: tuple, progress: Progress) -> tuple[Key, np.ndarray]:
-    key, future = waiting
-    array = future.result()
-    progress(array.nbytes)
-    return key, array
+def _cast(source: Source, key: Key, array: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
+    if dtype == QUANTISED or array.dtype == dtype:
+        return array
+    with np.errstate(over='ignore'):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(cast).all():
+        raise UserError(f'{source.path}: {key[0]!r} of layer {key[1]} holds numbers beyond those of float16: use bfloat16.')
+    return cast
 
 
 def bytes_of(source: Source) -> int:

@@ -1,0 +1,133 @@
+"""Bytes a second and peak memory of conversions, each paired with a plain copy of the same files.
+
+python benchmarks/conversion_speed.py                    # 4 layers as wide as 7B's, bfloat16: 2.1 GB
+python benchmarks/conversion_speed.py --layers=16        # 7.0 GB; the peak is the same
+"""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+from llama2_jax.config import MODELS, ModelConfig
+from llama2_jax.convert.huggingface import write_huggingface
+from llama2_jax.convert.load import open_model
+from llama2_jax.convert.names import keys, shape
+from llama2_jax.convert.source import Source
+from llama2_jax.convert.transfer import bytes_of, convert
+
+_LAYERS = flags.DEFINE_integer('layers', 4, 'Of the model.')
+_TOKENIZER = flags.DEFINE_string('tokenizer', 'tokenizer.model', "LLaMA 2's, 32,000 pieces.")
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Pairs of copy and conversion; the medians are printed.')
+_DIRECTORY = flags.DEFINE_string('directory', None, 'Where to work; a temporary directory by default.')
+# From, to and shards. Each route writes over what the last one has written, so that no file system is filled.
+ROUTES = (
+    ('hf', 'orbax', 1),
+    ('orbax', 'meta', 2),
+    ('meta', 'hf', 1),
+    ('hf', 'meta', 2),
+    ('meta', 'orbax', 1),
+    ('orbax', 'hf', 1),
+)
+
+
+def _make(path: Path, tokenizer: Path, layers: int) -> None:
+    """A model of random numbers, in Hugging Face's format."""
+    config = ModelConfig(**{**vars(MODELS['7b']), 'layers': layers})
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    source = Source(path, 'hf', config, dtype, 'head_DV', None, tokenizer.read_bytes, {})
+    rng = np.random.default_rng(0)
+    path.mkdir()
+
+    def stream(prepare):
+        for name, layer in keys(config, 'head_DV'):
+            yield (name, layer), prepare(name, rng.random(shape(name, config), np.float32).astype(dtype))
+
+    write_huggingface(path, source, dtype, stream)
+
+
+def _copy(source: Path, target: Path) -> float:
+    """Seconds of a copy that ends when all is on disk."""
+    os.sync()
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    for file in target.rglob('*'):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return time.perf_counter() - start
+
+
+def _read(source: Path) -> float:
+    """Seconds to read the files once."""
+    start = time.perf_counter()
+    for file in filter(Path.is_file, source.rglob('*')):
+        with file.open('rb', buffering=0) as opened:
+            while opened.read(2**24):
+                pass
+    return time.perf_counter() - start
+
+
+def _warm_up() -> None:
+    """Imports what converting imports: a second or two that does not grow with the model."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        torch.empty(1)
+
+
+def _convert(source: Path, target: Path, form: str, shards: int, queue: multiprocessing.Queue) -> None:
+    _warm_up()
+    os.sync()
+    start = time.perf_counter()
+    opened = open_model(source)
+    convert(opened, target, form, shards=shards)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    queue.put((time.perf_counter() - start, memory, bytes_of(opened)))
+
+
+def _round(root: Path, begin: str, end: str, shards: int, context: Any) -> tuple[float, float, float, float, float]:
+    """Seconds of a copy, of reading and of a conversion, its peak bytes, and the bytes of the parameters."""
+    source, target, copied = root / begin, root / end, root / 'copy'
+    if target.exists():
+        shutil.rmtree(target)
+    copy, read = _copy(source, copied), _read(source)
+    shutil.rmtree(copied)
+    queue = context.Queue()
+    child = context.Process(target=_convert, args=(source, target, end, shards, queue))
+    child.start()
+    child.join()
+    return copy, read, *queue.get(timeout=1)
+
+
+def main(argv: list[str]) -> None:
+    """Prints one line a route."""
+    del argv
+    context = multiprocessing.get_context('spawn')
+    with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
+        root = Path(directory)
+        _make(root / 'hf', Path(_TOKENIZER.value), _LAYERS.value)
+        print('| from | to | copy, MB/s | conversion, MB/s | copy / conversion | the same with reading | peak, MB |')
+        print(7 * '|---' + '|')
+        for begin, end, shards in ROUTES:
+            rounds = [_round(root, begin, end, shards, context) for _ in range(_ROUNDS.value)]
+            copies, reads, conversions, memory, size = np.median(rounds, axis=0)
+            speeds = f'{size / copies / 1e6:.0f} | {size / conversions / 1e6:.0f}'
+            shares = f'{copies / conversions:.2f} | {(copies + reads) / conversions:.2f}'
+            print(
+                f'| {begin} | {end}{f" ×{shards}" if shards > 1 else ""} | {speeds} | {shares} | {memory / 1e6:.0f} |', flush=True
+            )
+
+
+if __name__ == '__main__':
+    app.run(main)
