@@ -30,7 +30,7 @@ class Slots:
 
     def __init__(self, weights: decode.Weights, mesh: Mesh, rows: int):
         self._weights, self._mesh = weights, mesh
-        self._prefill, self._decode = decode.programs(mesh.devices.flat[0].platform)
+        self._prefill, self._decode = decode.programs(mesh.devices.flat[0])
         self._rows_a_shard = rows // shards(mesh)
         self._most_places = _multiple(weights.config.context + PIECES[1], 128)  # the last pieces and chunks may reach beyond
         self._places = min(FIRST_PLACES, self._most_places)

@@ -225,7 +225,7 @@ def compile_step(config: ModelConfig, mesh: Mesh, batch_size: int, length: int, 
         rows = decode.abstract_rows(batch_size)
         progress = jax.eval_shape(decode.beginning, cache, rows)
         step = jax.jit(lambda given, progress: decode.decode_token(*given, progress), donate_argnums=1)
-        options = decode.compiler_options(device.platform)
+        options = decode.compiler_options(device)
         compiled, text = aot.compile_step(step, (weights, cache, rows), progress, mesh, options)
     report = aot.analyse(compiled, text, mesh, batch_size, model_flops=0)
     held = [(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(aot.on_mesh((weights, cache), mesh))]
