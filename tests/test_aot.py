@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh
+from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Compute
 from llama2_jax.runtime import CHIPS, compiler_options
-from llama2_jax.stages import pretrain
+from llama2_jax.stages import generate, pretrain
 from llama2_jax.train import aot
 from llama2_jax.train.schedule import read_program
 
@@ -191,3 +191,22 @@ def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
     assert time.monotonic() - start < 240
     assert report.arguments > 12 * MODELS[model].parameters / chips
     assert 0.3 < report.mfu < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('model', 'topology', 'batch_size', 'int8', 'times_the_bound'),
+    [('7b', 'v5e:1x1', 1, True, 1.5), ('70b', 'v5p:2x2x4', 64, False, 3.1)],
+)
+def test_decoding_compiles_fits_and_gathers_no_weights(model, topology, batch_size, int8, times_the_bound):
+    """With 4,096 tokens in each sequence's cache; the bound is to read weights and cache once."""
+    mesh = decoding_mesh(MODELS[model], aot.topology_devices(topology))
+    report, bound = generate.compile_step(MODELS[model], mesh, batch_size, 4096, int8)
+    report.check()
+    weights = MODELS[model].parameters * (1 if int8 else 2) / mesh.size
+    cache = 2 * MODELS[model].layers * MODELS[model].kv_heads * 128 * 2 * 4096 * batch_size / mesh.size
+    assert weights + cache < report.arguments < 1.1 * (weights + cache)
+    assert bound < report.program.seconds < times_the_bound * bound
+    # Activations travel, weights stay: sums of [B, D] twice a layer, and rows traded for heads.
+    traffic = sum(total.payload for total in report.program.collectives.values())
+    assert traffic < 1.5 * 2 * MODELS[model].layers * batch_size * MODELS[model].dim * 2
