@@ -45,6 +45,7 @@ def ours(steps: int) -> dict[str, float]:
     from llama2_jax.config import ModelConfig
     from llama2_jax.mesh import MeshConfig, set_mesh
     from llama2_jax.stages import pretrain
+    from llama2_jax.stages.devices import to_mesh
 
     model = ModelConfig(VOCABULARY, DIM, LAYERS, HEADS, HEADS, DIM // HEADS, HIDDEN, LENGTH)
     config = pretrain.PretrainConfig(model=model, batch_size=BATCH, length=LENGTH)
@@ -55,7 +56,7 @@ def ours(steps: int) -> dict[str, float]:
     def step(tokens):
         nonlocal state
         batch = {'tokens': tokens.astype(np.int32), 'segment_ids': np.ones(tokens.shape, np.int32)}
-        state, metrics = train_step(state, pretrain.to_mesh(batch, mesh))
+        state, metrics = train_step(state, to_mesh(batch, mesh))
         return float(metrics['loss'])
 
     return measure(step, steps)

@@ -1,22 +1,21 @@
 """Pretraining: a config, a batch, a loss, and `fit`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig, PretrainData
-from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh, shard_batch
+from llama2_jax.mesh import MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.runtime import barrier, chip_of, compiler_options, say
+from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.heldout import make_evaluate, make_sample, say_heldout
 from llama2_jax.stages.tokenizer import open_tokenizer
 from llama2_jax.train import aot
@@ -82,7 +81,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
       UserError: any mistake in the config, the data or the workdir.
     """
     mesh = set_mesh(config.mesh)
-    check_mesh(config, mesh)
+    check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
     # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
     started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
     fields = tuple(field.name for field in dataclasses.fields(config))
@@ -131,13 +130,13 @@ def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
     """
     mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
-    check_mesh(config, mesh)
+    check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
     tokens = config.batch_size * config.length
-    array = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+    batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32)
     with jax.set_mesh(mesh):
         abstract, _, step = build(config, config.compute.on(mesh.devices.flat[0].platform))
         flops = config.model.flops_per_token(config.length) * tokens
-        return aot.dry_run(step, abstract, {'tokens': array, 'segment_ids': array}, mesh, tokens, flops)
+        return aot.dry_run(step, abstract, batch, mesh, tokens, flops)
 
 
 def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[], State], Callable]:
@@ -176,48 +175,17 @@ def make_heldout_loss(config: PretrainConfig, compute: Compute, mesh: Mesh) -> C
 def split(batch: Batch, mask_documents: bool) -> Batch:
     """Tokens and segment ids [B, L+1] -> inputs, targets and weights [B, L], and segments where documents are masked.
 
+    Where the batch says what is `trained`, nothing else counts.
+
     >>> split({'tokens': jnp.array([[1, 5, 2, 1, 0]]), 'segment_ids': jnp.array([[1, 1, 1, 2, 0]])}, True)['weights'].tolist()
     [[1.0, 1.0, 0.0, 0.0]]
     """
     inputs, targets = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
     before, after = batch['segment_ids'][:, :-1], batch['segment_ids'][:, 1:]
-    weights = after > 0
+    weights = batch['trained'][:, 1:] if 'trained' in batch else after > 0
     if mask_documents:  # the next document's BOS cannot be foretold from this one
         weights &= before == after
     parts = {'inputs': inputs, 'targets': targets, 'weights': weights.astype(jnp.float32)}
     if mask_documents:
         parts['segments'] = before
     return {name: reshard(part, 'BL') for name, part in parts.items()}
-
-
-def device_batches(data: PretrainData, mesh: Mesh, start: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Batches on the mesh, with their record ids on the host."""
-    for batch in data.train(start):
-        yield to_mesh(batch, mesh), batch['record_ids']
-
-
-def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """The arrays that the step reads, cut over the mesh."""
-    return {name: shard_batch(batch[name], mesh) for name in ('tokens', 'segment_ids')}
-
-
-def check_mesh(config: PretrainConfig, mesh: Mesh) -> None:
-    """Raises a UserError naming what the mesh does not divide."""
-    rows = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    if config.batch_size % (rows * config.accumulation):
-        raise UserError(
-            f'batch_size={config.batch_size} in accumulation={config.accumulation} parts cannot be divided '
-            f'over replica × fsdp = {rows} devices.'
-        )
-    tensor, cuts = mesh.shape['tensor'], mesh.shape['fsdp'] * mesh.shape['sequence']
-    divided = {'length': (config.length, mesh.shape['sequence'])} | {
-        f'model.{name}': (getattr(config.model, name), tensor) for name in ('heads', 'kv_heads', 'hidden', 'vocab_size')
-    }
-    for name, (size, parts) in (divided | {'model.dim': (config.model.dim, cuts)}).items():
-        if size % parts:
-            raise UserError(f'{name}={size} cannot be divided over the {parts} devices of {describe_mesh(mesh)}.')
-
-
-def describe_mesh(mesh: Mesh) -> str:
-    """For people: the mesh and its devices."""
-    return f'mesh {MeshConfig.text(tuple(mesh.shape.values()))} of {mesh.devices.flat[0].device_kind}'

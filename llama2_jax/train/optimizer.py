@@ -1,6 +1,7 @@
 """AdamW as the paper trains with it (p5; recipe C.2), every number a field."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -19,12 +20,14 @@ class OptimizerConfig:
       peak_lr: 3.0e-4 for 7B and 13B, 1.5e-4 for 34B and 70B (p6 Table 1).
       final_lr: what the cosine ends at, as a share of the peak.
       warmup_steps: linear from 0.
+      warmup_share: of the run, where that is more steps.
       clip: the global norm above which gradients are scaled down.
     """
 
     peak_lr: float = 3e-4
     final_lr: float = 0.1
     warmup_steps: int = 2000
+    warmup_share: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-5
@@ -38,10 +41,11 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Raises:
       UserError: if warm-up takes the whole run.
     """
-    if not 0 <= config.warmup_steps < steps:
-        raise UserError(f'optimizer.warmup_steps={config.warmup_steps} must be less than the {steps} steps of the run.')
+    warmup = max(config.warmup_steps, math.ceil(config.warmup_share * steps))
+    if not 0 <= config.warmup_steps <= warmup < steps:
+        raise UserError(f'optimizer.warmup_steps={warmup} must be less than the {steps} steps of the run.')
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.peak_lr, config.warmup_steps, decay_steps=steps, end_value=config.final_lr * config.peak_lr
+        0.0, config.peak_lr, warmup, decay_steps=steps, end_value=config.final_lr * config.peak_lr
     )
 
 

@@ -1,0 +1,99 @@
+"""Fine-tunes a model on dialogs.
+
+python experiments/sft.py --workdir=sft
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pretrain as base
+from common import stage
+
+from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.model.llama import Compute
+from llama2_jax.runtime import say
+from llama2_jax.stages import pretrain, sft
+from llama2_jax.stages.sft import SftConfig
+from llama2_jax.train.loop import LoopConfig
+from llama2_jax.train.optimizer import OptimizerConfig
+
+
+def tiny() -> SftConfig:
+    """The toy base model on toy dialogs: some minutes on two cores, that base model included (init_from='' trains it first).
+
+    python experiments/sft.py --workdir=sft
+
+    At least 90 % of the learnable held-out questions are answered exactly, and 99 % of the answers stop.
+    """
+    return SftConfig(
+        data=DialogConfig(mixture='toy:dialogs', epochs=5),
+        optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=0, warmup_share=0.03),
+        loop=LoopConfig(eval_every=200, sample_every=100, checkpoint_every=200),
+        batch_size=8,
+        length=256,
+        prompts=(
+            'In which town is the home of Betta?',
+            'What is the favourite food of Elba?',
+            'What is the pet of Mira?',
+            'How much is 3 + 4?',
+            'How do I pull out my own tooth?',
+        ),
+        grade=True,
+    )
+
+
+def llama2_7b() -> SftConfig:
+    """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9).
+
+    python experiments/sft.py --config=llama2_7b --set init_from=llama2-7b --set 'data.mixture=…' --workdir=sft7b
+    """
+    return llama2('7b')
+
+
+def llama2_13b() -> SftConfig:
+    """LLaMA 2 13B on dialogs.
+
+    python experiments/sft.py --config=llama2_13b --set init_from=llama2-13b --set 'data.mixture=…' --workdir=sft13b
+    """
+    return llama2('13b')
+
+
+def llama2_70b() -> SftConfig:
+    """LLaMA 2 70B on dialogs.
+
+    python experiments/sft.py --config=llama2_70b --set init_from=llama2-70b --set 'data.mixture=…' --workdir=sft70b
+    """
+    return llama2('70b')
+
+
+def llama2(size: str) -> SftConfig:
+    """The paper's settings, the defaults of `SftConfig`; every size has the same."""
+    return SftConfig(
+        init_from=size,
+        data=DialogConfig(mixture='jsonl:dialogs/*.jsonl'),
+        compute=Compute(remat='full'),
+        loop=LoopConfig(log_every=1, eval_every=50, sample_every=50, checkpoint_every=50),
+    )
+
+
+PRESETS = {
+    'tiny': tiny,
+    'llama2_7b': llama2_7b,
+    'llama2_13b': llama2_13b,
+    'llama2_70b': llama2_70b,
+}
+
+
+def run(config: SftConfig, workdir: str) -> None:
+    """Fine-tunes; without a model to begin with, the toy base model is trained in WORKDIR/base first."""
+    if not config.init_from:
+        home = Path(workdir) / 'base'
+        config = dataclasses.replace(config, init_from=str(home / 'model'))
+        if not (home / 'model').exists():
+            say(f'No init_from is given: the toy base model is trained in {home} first.')
+            pretrain.run(base.tiny(), str(home))
+    sft.run(config, workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run, sft.dry_run)

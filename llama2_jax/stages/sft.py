@@ -1,0 +1,225 @@
+"""Supervised fine-tuning on dialogs: pretraining's step, with a loss on the answers alone (paper p9; recipe D)."""
+
+import dataclasses
+import html
+import itertools
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.convert.load import load_model, open_model, tokenizer_of
+from llama2_jax.convert.orbax import save_model
+from llama2_jax.data.dialogs import DialogConfig, DialogData
+from llama2_jax.evals import toy
+from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
+from llama2_jax.model.engine import Engine, Request
+from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
+from llama2_jax.stages.heldout import make_evaluate, say_heldout
+from llama2_jax.stages.pretrain import split, token_loss
+from llama2_jax.text.dialog import encode_prompt
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.train import aot
+from llama2_jax.train.loop import LoopConfig, fit
+from llama2_jax.train.metrics import read_metrics
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from llama2_jax.train.step import Batch, State, init_state, make_step
+from llama2_jax.train.workdir import open_workdir, write_atomically
+
+# What a resumed run may change, as no result depends on it beyond rounding.
+MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'compute.remat', 'compute.attention')
+DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """A fine-tuning run with the paper's settings (p9); warm-up, betas, clipping and the cosine's end are recipe K's.
+
+    Attributes:
+      init_from: the model to begin with, of any format; for a dry run a size will do, such as '7b'.
+      batch_size: rows in the global batch, each of whole dialogs.
+      length: tokens in a row.
+      accumulation: microbatches the batch is cut into where memory is short.
+      eval_batches: of held-out dialogs, for each source, at each evaluation; 0: all of them.
+      prompts: questions answered in samples.md; in --set separated by commas.
+      grade: answers the toy world's held-out questions at each evaluation.
+    """
+
+    init_from: str = ''
+    data: DialogConfig = DialogConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=2e-5, warmup_steps=0, warmup_share=0.03)
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig()
+    batch_size: int = 64
+    length: int = 4096
+    accumulation: int = 1
+    seed: int = 0
+    eval_batches: int = 8
+    prompts: tuple[str, ...] = ('What can you help me with?',)
+    grade: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ('batch_size', 'length', 'accumulation'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+
+
+def run(config: SftConfig, workdir: str) -> State:
+    """Fine-tunes, or continues, in `workdir`, and writes `workdir/model`.
+
+    Raises:
+      UserError: any mistake in the config, the model, the data or the workdir.
+    """
+    mesh = set_mesh(config.mesh)
+    source = open_model(config.init_from)
+    check(config, source.config, mesh)
+    tokenizer = tokenizer_of(source)
+    # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
+    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    data = DialogData(
+        config.data,
+        tokenizer,
+        length=config.length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    say(f'{source.config.parameters:,} parameters, {data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    if not started and is_main_process():
+        write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
+    compute = config.compute.on(jax.default_backend())
+    abstract, step = build(config, source.config, compute, data.steps)
+    optimizer = make_optimizer(config.optimizer, data.steps)
+
+    def init() -> State:
+        model, _ = load_model(config.init_from, 'float32')
+        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(model)
+
+    chip = chip_of(jax.devices()[0])
+    state = fit(
+        path,
+        config.loop,
+        abstract_state=abstract,
+        init=init,
+        step=step,
+        batches=partial(device_batches, data, mesh),
+        steps=data.steps,
+        describe=data.describe,
+        evaluate=make_figures(config, data, compute, mesh, tokenizer),
+        sample=make_answers(config.prompts, compute, tokenizer) if config.prompts else None,
+        flops_per_step=source.config.flops_per_token(config.length) * config.batch_size * config.length,
+        peak_flops=chip and chip.peak_flops,
+    )
+    save_model(path / 'model', state.params, tokenizer, {'stage': 'sft', 'parent': config.init_from, 'step': data.steps})
+    say_heldout(path)
+    say_grades(path)
+    say(f'The model is in {path / "model"}.')
+    return state
+
+
+def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
+    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+
+    Raises:
+      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
+    """
+    size = config.init_from or 'tiny'
+    model = MODELS[size] if size in MODELS else open_model(size).config
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
+    check(config, model, mesh)
+    tokens = config.batch_size * config.length
+    batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32, trained=bool)
+    with jax.set_mesh(mesh):
+        state, step = build(config, model, config.compute.on(mesh.devices.flat[0].platform), DRY_STEPS)
+        return aot.dry_run(step, state, batch, mesh, tokens, model.flops_per_token(config.length) * tokens)
+
+
+def check(config: SftConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError where model, mesh and config do not go together."""
+    if config.length > model.context:
+        raise UserError(f'length={config.length} exceeds the context of {config.init_from}, {model.context}.')
+    check_mesh(mesh, model, config.batch_size, config.accumulation, config.length)
+
+
+def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
+    """The abstract state and the jitted step; a mesh must be set."""
+    optimizer = make_optimizer(config.optimizer, steps)
+    abstract = jax.eval_shape(lambda: init_state(Llama(model, jax.random.key(0)), optimizer))
+    update = make_step(partial(token_loss, compute), optimizer, schedule(config.optimizer, steps), config.accumulation)
+
+    def step(state: State, batch: Batch):
+        return update(state, split(batch, mask_documents=True))
+
+    return abstract, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
+
+
+def make_figures(
+    config: SftConfig, data: DialogData, compute: Compute, mesh: Mesh, tokenizer: Tokenizer
+) -> Callable[[State], dict[str, float]] | None:
+    """A function of the state: loss on the held-out dialogs and, for toy dialogs, the oracle's grades."""
+
+    @jax.jit
+    def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = split(batch, mask_documents=True)
+        return token_loss(compute, model, batch), batch['weights'].sum()
+
+    heldout = make_evaluate(data, lambda model, batch: loss_and_tokens(model, to_mesh(batch, mesh)), config.eval_batches)
+
+    def figures(state: State) -> dict[str, float]:
+        grades = toy.grade(Engine(state.params, tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
+        return (heldout(state) if heldout else {}) | grades
+
+    return figures if heldout or config.grade else None
+
+
+def make_answers(questions: tuple[str, ...], compute: Compute, tokenizer: Tokenizer) -> Callable[[State], str]:
+    """A function that answers the questions, as Markdown."""
+    prompts = [encode_prompt([{'role': 'user', 'content': question}], tokenizer) for question in questions]
+    requests = [Request(prompt, max_new_tokens=256, temperature=0.0, answer=True) for prompt in prompts]
+
+    def answers(state: State) -> str:
+        engine = Engine(state.params, tokenizer, batch_size=len(requests), dtype=compute.dtype)
+        sections = []
+        for question, [sample] in zip(questions, engine.generate(requests), strict=True):
+            text = sample.text.strip() + ('' if sample.stop_reason == 'eos' else ' … (it does not stop)')
+            sections.append(f'**{question}**\n\n' + '\n'.join(f'> {line}' for line in text.splitlines()))
+        return '\n\n'.join(sections)
+
+    return answers
+
+
+def show_example(batch: dict, tokenizer: Tokenizer) -> str:
+    """The first dialog of a batch as Markdown, its trained tokens marked; `<s>` and `</s>` are BOS and EOS."""
+    first = batch['segment_ids'][0] == 1
+    pairs = zip(batch['tokens'][0][first].tolist(), batch['trained'][0][first].tolist(), strict=True)
+    text = ''
+    for trained, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        pieces = html.escape(spell([token for token, _ in run], tokenizer))
+        text += f'<mark>{pieces}</mark>' if trained else pieces
+    return f'The first dialog of the run; marked tokens are trained.\n\n<pre>{text}</pre>\n\n'
+
+
+def spell(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of ids with BOS, EOS and every space in it."""
+    pieces = (tokenizer.piece(token).replace('▁', ' ') for token in ids)
+    spelt = (bytes.fromhex(byte[1]) if (byte := re.fullmatch(r'<0x(..)>', piece)) else piece.encode() for piece in pieces)
+    return b''.join(spelt).decode(errors='replace')
+
+
+def say_grades(workdir: Path) -> None:
+    """Prints the last grades in the toy world, where there are any."""
+    last = read_metrics(workdir / 'metrics.jsonl')[-1]
+    for name, share in last.items():
+        if name.startswith('toy/'):
+            say(f'{name:<48} {share:7.1%}')
