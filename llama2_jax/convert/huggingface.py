@@ -22,6 +22,7 @@ from llama2_jax.convert.source import (
     tokenizer_beside,
     write_json,
 )
+from llama2_jax.convert.tokenizer_json import make_tokenizer_json
 from llama2_jax.convert.torchfile import tensors_in
 from llama2_jax.text.tokenizer import Tokenizer
 
@@ -311,12 +312,13 @@ def _write_tokenizer(path: Path, model: Source) -> None:
         'pad_token': None,
         'model_max_length': model.config.context,
         'clean_up_tokenization_spaces': False,
-        'legacy': True,  # a space goes before every text, also one that begins with a space, as SentencePiece does
+        'legacy': True,  # a space goes before the text after each <s>, as when turns are encoded one by one
         'sp_model_kwargs': {},
         'chat_template': CHAT_TEMPLATE,
     }
     write_json(path / 'tokenizer_config.json', settings)
     write_json(path / 'special_tokens_map.json', pieces)
+    write_json(path / 'tokenizer.json', make_tokenizer_json(model.tokenizer()))
     if model.head == 'head_DV':
         sampling = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9}  # Meta's defaults (recipe J)
         ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}

@@ -60,7 +60,7 @@ def _read(tensors: dict[Key, list[Stored]], config: ModelConfig, name: str, laye
     if axis is None or len(parts) == 1:
         matrix = parts[0].read()
         for part in parts[1:]:
-            if not np.array_equal(matrix, part.read()):
+            if matrix.tobytes() != part.read().tobytes():
                 raise UserError(f'{part.path} and {parts[0].path} hold different values of {name!r}, of which each has a copy.')
     else:
         matrix = np.concatenate([part.read() for part in parts], axis)

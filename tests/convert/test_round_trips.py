@@ -31,7 +31,9 @@ def same(a, b):
     assert (a.dtype, a.head) == (b.dtype, b.head)
     for key in keys(a.config, a.head):
         x, y = (side.read(*key).astype(a.dtype) for side in (a, b))
-        assert x.shape == y.shape and x.tobytes() == y.tobytes(), key
+        assert x.shape == y.shape, key
+        bits = [contiguous(array).view(f'u{array.dtype.itemsize}') for array in (x, y)]
+        assert np.array_equal(*bits), key
     return True
 
 
@@ -278,7 +280,9 @@ def random_source(config, tokenizer, dtype='float32'):
 
     def read(name, layer):
         seed = hash((name, layer)) % 2**32
-        return np.random.default_rng(seed).random(shape(name, config), np.float32).astype(dtype)
+        size = np.dtype(dtype).itemsize
+        bits = np.random.default_rng(seed).integers(0, 256**size, shape(name, config), f'u{size}')
+        return bits.view(dtype)
 
     return Source(Path('nowhere'), 'random', config, np.dtype(dtype), 'head_DV', read, lambda: tokenizer.model, {})
 
@@ -293,7 +297,7 @@ def test_memory_does_not_grow_with_the_layers(route, tokenizer, tmp_path):
         convert(random_source(config, tokenizer), start, route[0])
         command = [sys.executable, '-c', MEMORY, start, end, route[1]]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    assert peaks[1] < peaks[0] + 50_000  # KiB: one layer; twelve more layers have 600 MB
+    assert peaks[1] < peaks[0] + 100_000  # KiB: two layers; twelve more layers have 600 MB
 
 
 @pytest.mark.slow
