@@ -11,6 +11,7 @@ from common import stage
 
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.model.llama import Compute
+from llama2_jax.model.lora import LoraConfig
 from llama2_jax.runtime import say
 from llama2_jax.stages import pretrain, sft
 from llama2_jax.stages.sft import SftConfig
@@ -76,11 +77,29 @@ def llama2(size: str) -> SftConfig:
     )
 
 
+def lora_7b() -> SftConfig:
+    """Adapters for LLaMA 2 7B on one chip of 16 GB: the model is frozen in bfloat16, one row is a microbatch.
+
+    python experiments/sft.py --config=lora_7b --set init_from=llama2-7b --set 'data.mixture=…' --workdir=lora7b
+
+    There is no room for a second copy of the model, so nothing is sampled on the way. The same command again, with
+    JAX_PLATFORMS=cpu and --set merge=true, writes the merged model on the host.
+    """
+    return dataclasses.replace(
+        llama2('7b'),
+        lora=LoraConfig(rank=16),
+        optimizer=OptimizerConfig(peak_lr=2e-4, warmup_steps=0, warmup_share=0.03),
+        accumulation=64,
+        prompts=(),
+    )
+
+
 PRESETS = {
     'tiny': tiny,
     'llama2_7b': llama2_7b,
     'llama2_13b': llama2_13b,
     'llama2_70b': llama2_70b,
+    'lora_7b': lora_7b,
 }
 
 

@@ -32,11 +32,11 @@ DECODING_AXES = ('replica', 'rows', 'tensor')
 Table = Mapping[str, tuple[str, ...]]
 ACTIVATIONS: Table = {
     'N': (), 'B': BATCH_AXES, 'L': ('sequence',), 'M': (), 'D': (),
-    'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+    'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',), 'A': (),
 }  # fmt: skip
 # Parameters at rest: the model dimension is cut over everything that does not cut another letter.
 PARAMETERS: Table = {
-    'N': (), 'D': ('fsdp', 'sequence'), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',),
+    'N': (), 'D': ('fsdp', 'sequence'), 'H': ('tensor',), 'G': ('tensor',), 'K': (), 'F': ('tensor',), 'V': ('tensor',), 'A': (),
 }  # fmt: skip
 # Parameters in use: gathered over fsdp and sequence.
 GATHERED: Table = {**PARAMETERS, 'D': ()}

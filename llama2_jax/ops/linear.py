@@ -29,6 +29,25 @@ class Int8:
         return self
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A matrix with a product of two thin ones beside it, weight + scale × a·b, which is never made (`model.lora`).
+
+    Attributes:
+      weight: as it rests.
+      a, b: float32, [axes that are summed over, A] and [A, axes that are made].
+    """
+
+    weight: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float = dataclasses.field(metadata={'static': True})
+
+    def __getitem__(self, index: EllipsisType) -> 'Adapted':  # as of `Int8`
+        return self
+
+
 def quantize(weight: jax.Array, sums_D: bool) -> Int8:
     """Rounds a matrix [D, …] to eight bits, symmetrically, with one scale for each output.
 
@@ -41,7 +60,7 @@ def quantize(weight: jax.Array, sums_D: bool) -> Int8:
     return Int8(jnp.round(weight / scales).astype(jnp.int8), scales.reshape(-1), shape)
 
 
-def linear(expression: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
+def linear(expression: str, x: jax.Array, weight: jax.Array | Int8 | Adapted) -> jax.Array:
     """einsum(expression, x, weight), the letters placing every array (`mesh`).
 
     Args:
@@ -52,6 +71,10 @@ def linear(expression: str, x: jax.Array, weight: jax.Array | Int8) -> jax.Array
     Returns:
       Activations in the compute dtype.
     """
+    if isinstance(weight, Adapted):
+        before, _, out = _letters(expression)
+        thin = linear(f'{before},{before[2:]}A->BLA', x, weight.a)
+        return linear(expression, x, weight.weight) + weight.scale * linear(f'BLA,A{out[2:]}->{out}', thin, weight.b)
     return _linear_int8(expression, x, weight) if isinstance(weight, Int8) else _linear(expression, x, weight)
 
 

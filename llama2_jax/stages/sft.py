@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.convert.load import load_model, open_model, tokenizer_of
 from llama2_jax.convert.orbax import save_model
+from llama2_jax.convert.peft import write_peft
 from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.evals import toy
 from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.lora import Adapters, LoraConfig, adapt, make_adapters, merge
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
@@ -30,11 +32,11 @@ from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from llama2_jax.train.step import Batch, State, init_state, make_step
+from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
 from llama2_jax.train.workdir import open_workdir, write_atomically
 
 # What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'compute.remat', 'compute.attention')
+MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'merge', 'compute.remat', 'compute.attention')
 DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
 
 
@@ -44,6 +46,8 @@ class SftConfig:
 
     Attributes:
       init_from: the model to begin with, of any format; for a dry run a size will do, such as '7b'.
+      lora: adapters to train in place of the model, which stays as it is, in the compute dtype.
+      merge: writes the model with the adapters in it, too.
       batch_size: rows in the global batch, each of whole dialogs.
       length: tokens in a row.
       accumulation: microbatches the batch is cut into where memory is short.
@@ -58,6 +62,8 @@ class SftConfig:
     compute: Compute = Compute()
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
+    lora: LoraConfig = LoraConfig()
+    merge: bool = False
     batch_size: int = 64
     length: int = 4096
     accumulation: int = 1
@@ -70,10 +76,12 @@ class SftConfig:
         for name in ('batch_size', 'length', 'accumulation'):
             if getattr(self, name) < 1:
                 raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        if self.merge and not self.lora.rank:
+            raise UserError('merge=true needs adapters: set lora.rank.')
 
 
 def run(config: SftConfig, workdir: str) -> State:
-    """Fine-tunes, or continues, in `workdir`, and writes `workdir/model`.
+    """Fine-tunes, or continues, in `workdir`, and writes `workdir/model`; adapters go to `workdir/adapters`.
 
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
@@ -95,36 +103,51 @@ def run(config: SftConfig, workdir: str) -> State:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    say(f'{source.config.parameters:,} parameters, {data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    say(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     if not started and is_main_process():
         write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, source.config, compute, data.steps)
-    optimizer = make_optimizer(config.optimizer, data.steps)
+    frozen = load_model(config.init_from, compute.dtype)[0] if config.lora.rank else None
+    trained = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    say(f'{trained:,} parameters are trained, {trained / source.config.parameters:.2%} of {source.config.parameters:,}.')
 
     def init() -> State:
-        model, _ = load_model(config.init_from, 'float32')
-        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(model)
+        if frozen is None:
+            params, _ = load_model(config.init_from, 'float32')
+        else:
+            params = jax.jit(partial(make_adapters, source.config, config.lora))(jax.random.key(config.seed))
+        optimizer = make_optimizer(config.optimizer, data.steps)
+        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(params)
 
+    def merged(params: Llama | Adapters) -> Llama:
+        return params if frozen is None else merge(frozen, params, config.lora)
+
+    answers = make_answers(config.prompts, compute, tokenizer) if config.prompts else None
     chip = chip_of(jax.devices()[0])
     state = fit(
         path,
         config.loop,
         abstract_state=abstract,
         init=init,
-        step=step,
+        step=lambda state, batch: step(state, (frozen, batch)),
         batches=partial(device_batches, data, mesh),
         steps=data.steps,
         describe=data.describe,
-        evaluate=make_figures(config, data, compute, mesh, tokenizer),
-        sample=make_answers(config.prompts, compute, tokenizer) if config.prompts else None,
-        flops_per_step=source.config.flops_per_token(config.length) * config.batch_size * config.length,
+        evaluate=make_figures(config, data, compute, mesh, tokenizer, frozen, merged),
+        sample=(lambda state: answers(merged(state.params))) if answers else None,
+        flops_per_step=flops_per_token(config, source.config) * config.batch_size * config.length,
         peak_flops=chip and chip.peak_flops,
     )
-    save_model(path / 'model', state.params, tokenizer, {'stage': 'sft', 'parent': config.init_from, 'step': data.steps})
     say_heldout(path)
     say_grades(path)
-    say(f'The model is in {path / "model"}.')
+    if frozen is not None:
+        write_peft(path / 'adapters', state.params, config.lora, config.init_from)
+        say(f'The adapters are in {path / "adapters"}.')
+    if frozen is None or config.merge:
+        provenance = {'stage': 'sft', 'parent': config.init_from, 'step': data.steps}
+        save_model(path / 'model', merged(state.params), tokenizer, provenance)
+        say(f'The model is in {path / "model"}.')
     return state
 
 
@@ -141,8 +164,11 @@ def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
     tokens = config.batch_size * config.length
     batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32, trained=bool)
     with jax.set_mesh(mesh):
-        state, step = build(config, model, config.compute.on(mesh.devices.flat[0].platform), DRY_STEPS)
-        return aot.dry_run(step, state, batch, mesh, tokens, model.flops_per_token(config.length) * tokens)
+        compute = config.compute.on(mesh.devices.flat[0].platform)
+        state, step = build(config, model, compute, DRY_STEPS)
+        frozen = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(compute.dtype), Llama(model, jax.random.key(0))))
+        batch = (frozen if config.lora.rank else None, batch)
+        return aot.dry_run(step, state, batch, mesh, tokens, flops_per_token(config, model) * tokens)
 
 
 def check(config: SftConfig, model: ModelConfig, mesh: Mesh) -> None:
@@ -152,44 +178,72 @@ def check(config: SftConfig, model: ModelConfig, mesh: Mesh) -> None:
     check_mesh(mesh, model, config.batch_size, config.accumulation, config.length)
 
 
-def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
-    """The abstract state and the jitted step; a mesh must be set."""
-    optimizer = make_optimizer(config.optimizer, steps)
-    abstract = jax.eval_shape(lambda: init_state(Llama(model, jax.random.key(0)), optimizer))
-    update = make_step(partial(token_loss, compute), optimizer, schedule(config.optimizer, steps), config.accumulation)
+def flops_per_token(config: SftConfig, model: ModelConfig) -> float:
+    """Model FLOPs of training on one token; where the model is frozen, a third less: its matrices need no gradients."""
+    return model.flops_per_token(config.length) * (2 / 3 if config.lora.rank else 1)
 
-    def step(state: State, batch: Batch):
+
+def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
+    """The abstract state and the jitted step (state, (frozen model or None, batch)); a mesh must be set."""
+    optimizer = make_optimizer(config.optimizer, steps)
+
+    def init() -> State:
+        key = jax.random.key(config.seed)
+        return init_state(make_adapters(model, config.lora, key) if config.lora.rank else Llama(model, key), optimizer)
+
+    def step(state: State, given: tuple[Llama | None, Batch]):
+        frozen, batch = given
+
+        def loss(params, microbatch):
+            return token_loss(compute, whole(frozen, params, config.lora), microbatch)
+
+        update = make_step(loss, optimizer, schedule(config.optimizer, steps), config.accumulation)
         return update(state, split(batch, mask_documents=True))
 
-    return abstract, jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
+    return jax.eval_shape(init), jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
+
+
+def whole(frozen: Llama | None, params: Llama | Adapters, lora: LoraConfig) -> Llama:
+    """The model that is trained: the parameters themselves, or the frozen model with them as its adapters."""
+    return params if frozen is None else adapt(frozen, params, lora)
 
 
 def make_figures(
-    config: SftConfig, data: DialogData, compute: Compute, mesh: Mesh, tokenizer: Tokenizer
+    config: SftConfig,
+    data: DialogData,
+    compute: Compute,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    frozen: Llama | None,
+    merged: Callable[[Llama | Adapters], Llama],
 ) -> Callable[[State], dict[str, float]] | None:
     """A function of the state: loss on the held-out dialogs and, for toy dialogs, the oracle's grades."""
 
     @jax.jit
-    def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss_and_tokens(frozen: Llama | None, params: Llama | Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = split(batch, mask_documents=True)
-        return token_loss(compute, model, batch), batch['weights'].sum()
+        model = whole(frozen, params, config.lora)
+        nats = jax.lax.map(partial(token_loss, compute, model), microbatches(batch, config.accumulation))
+        return nats.sum(), batch['weights'].sum()
 
-    heldout = make_evaluate(data, lambda model, batch: loss_and_tokens(model, to_mesh(batch, mesh)), config.eval_batches)
+    heldout = make_evaluate(
+        data, lambda params, batch: loss_and_tokens(frozen, params, to_mesh(batch, mesh)), config.eval_batches
+    )
 
     def figures(state: State) -> dict[str, float]:
-        grades = toy.grade(Engine(state.params, tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
+        grades = toy.grade(Engine(merged(state.params), tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
         return (heldout(state) if heldout else {}) | grades
 
     return figures if heldout or config.grade else None
 
 
-def make_answers(questions: tuple[str, ...], compute: Compute, tokenizer: Tokenizer) -> Callable[[State], str]:
+def make_answers(questions: tuple[str, ...], compute: Compute, tokenizer: Tokenizer) -> Callable[[Llama], str]:
     """A function that answers the questions, as Markdown."""
     prompts = [encode_prompt([{'role': 'user', 'content': question}], tokenizer) for question in questions]
     requests = [Request(prompt, max_new_tokens=256, temperature=0.0, answer=True) for prompt in prompts]
 
-    def answers(state: State) -> str:
-        engine = Engine(state.params, tokenizer, batch_size=len(requests), dtype=compute.dtype)
+    def answers(model: Llama) -> str:
+        engine = Engine(model, tokenizer, batch_size=len(requests), dtype=compute.dtype)
         sections = []
         for question, [sample] in zip(questions, engine.generate(requests), strict=True):
             text = sample.text.strip() + ('' if sample.stop_reason == 'eos' else ' … (it does not stop)')

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from llama2_jax.train.optimizer import where
 
@@ -85,4 +86,12 @@ def make_step(
 
 def microbatches(batch: Batch, count: int) -> Batch:
     """[B, ...] -> [count, B / count, ...]: rows stay on their device, as row r goes to microbatch r mod count."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+
+    def cut(x):
+        shape = (x.shape[0] // count, count, *x.shape[1:])
+        # Said where it lies: of one row a microbatch, JAX would take the count for the axis that is cut.
+        row, *rest = jax.typeof(x).sharding.spec
+        placed = None if jax.sharding.get_abstract_mesh().empty else P(row, None, *rest)
+        return x.reshape(shape, out_sharding=placed).swapaxes(0, 1)
+
+    return jax.tree.map(cut, dict(batch))

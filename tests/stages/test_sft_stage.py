@@ -1,5 +1,6 @@
 """What the fine-tuning stage adds to its parts: a loss on answers alone, packed as if unpacked, its files, its mistakes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,12 +13,13 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import load_model
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data import toy
-from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import grade
-from llama2_jax.mesh import MeshConfig, make_mesh
+from llama2_jax.mesh import MeshConfig, make_mesh, shard_batch
 from llama2_jax.model.engine import Sample
 from llama2_jax.model.llama import CPU, Llama
+from llama2_jax.model.lora import LoraConfig
 from llama2_jax.stages import sft
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.stages.sft import SftConfig
@@ -25,6 +27,7 @@ from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, schedule
+from llama2_jax.train.step import microbatches
 
 SHAPE = ModelConfig(vocab_size=290, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
 QUESTIONS = [f'What is {a} and {b}?' for a in range(10) for b in range(6)]
@@ -62,7 +65,7 @@ def config(home, **changes):
         'init_from': str(home / 'base'),
         'data': DialogConfig(mixture=f'jsonl:{home}/dialogs.jsonl', heldout=0.1),
         'optimizer': OptimizerConfig(peak_lr=1e-2, warmup_steps=0, warmup_share=0.1),
-        'loop': LoopConfig(log_every=1, eval_every=1, sample_every=2, checkpoint_every=2),
+        'loop': LoopConfig(log_every=1, eval_every=4, sample_every=2, checkpoint_every=2),
         'batch_size': 8,
         'length': 63,
         'prompts': ('What is 3 and 4?',),
@@ -159,7 +162,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(home, tmp_path, capsys):
     assert 'trained  padding' in capsys.readouterr().out
     lines = read_metrics(tmp_path / 'run/metrics.jsonl')
     assert lines[-1]['step'] == len(lines) == int(state.step) > 4
-    assert lines[-1]['heldout/loss'] < lines[0]['heldout/loss'] - 1
+    assert lines[-1]['heldout/loss'] < lines[0]['loss'] - 1
     written = json.loads((tmp_path / 'run/model/config.json').read_text())
     assert written['provenance'] == {'stage': 'sft', 'parent': str(home / 'base'), 'step': len(lines)}
     samples = (tmp_path / 'run/samples.md').read_text()
@@ -179,6 +182,36 @@ def test_a_run_learns_and_resumes_bit_for_bit(home, tmp_path, capsys):
     assert np.array_equal(model.head_DV[...], state.params.head_DV[...])
 
 
+def test_adapters_train_beside_a_frozen_model(home, tmp_path, capsys):
+    some = config(
+        home,
+        lora=LoraConfig(rank=2, matrices=('q', 'o', 'up')),
+        data=DialogConfig(mixture=f'jsonl:{home}/dialogs.jsonl', heldout=0.1, epochs=4),
+        loop=LoopConfig(log_every=1, eval_every=4, sample_every=0),
+        mesh=MeshConfig(fsdp=4, tensor=2),
+        accumulation=2,
+    )
+    state = sft.run(some, tmp_path / 'run')
+    trained = 2 * 2 * (5 * 32 + 48)  # layers × rank × the axes of the factors
+    assert f'{trained:,} parameters are trained' in capsys.readouterr().out
+    adam = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(adam) == 2 * trained  # the two moments
+    lines = read_metrics(tmp_path / 'run/metrics.jsonl')
+    assert lines[-1]['loss'] < lines[0]['loss'] - 0.1
+    assert sorted(path.name for path in (tmp_path / 'run/adapters').iterdir()) == [
+        *('adapter_config.json', 'adapter_model.safetensors')
+    ]
+    assert not (tmp_path / 'run/model').exists()
+
+    sft.run(dataclasses.replace(some, merge=True), tmp_path / 'run')  # trains no further
+    model, tokenizer = load_model(tmp_path / 'run/model')
+    base, _ = load_model(home / 'base')
+    assert np.array_equal(model.blocks.w_k_DGK[...], base.blocks.w_k_DGK[...])
+    data = DialogData(some.data, tokenizer, length=63, batch_size=8, seed=0)
+    loss, _ = loss_and_gradients(model, next(data.heldout(0)))
+    assert float(loss) == pytest.approx(lines[-1]['heldout/loss'], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -192,6 +225,12 @@ def test_a_run_learns_and_resumes_bit_for_bit(home, tmp_path, capsys):
 def test_mistakes_are_named(home, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         sft.run(config(home, **changes), tmp_path / 'run')
+
+
+def test_one_row_a_microbatch():
+    rows = shard_batch(np.arange(12).reshape(4, 3), jax.sharding.get_mesh())
+    parts = jax.jit(lambda x: jax.lax.map(lambda part: part['x'], microbatches({'x': x}, 4)))(rows)
+    assert parts.tolist() == [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]], [[9, 10, 11]]]
 
 
 def test_a_dry_run_needs_no_weights():

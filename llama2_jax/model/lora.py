@@ -1,0 +1,110 @@
+"""LoRA (Hu et al., 2021, arXiv 2106.09685): a frozen model learns by adding products of two thin matrices to some of its own.
+
+Beside the letters of `model/llama.py`: A adapter rank. `w_q_DHK` becomes w_q_DHK + alpha / rank × a_q_DA · b_q_AHK.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama2_jax.config import ModelConfig, UserError, nearest
+from llama2_jax.mesh import parameter_name, parameter_spec
+from llama2_jax.model.llama import Llama, normal
+from llama2_jax.ops.linear import Adapted
+
+# Matrix of a layer -> the axes that its product sums over, and those that it makes.
+MATRICES = {
+    'q': ('D', 'HK'), 'k': ('D', 'GK'), 'v': ('D', 'GK'), 'o': ('HK', 'D'),
+    'gate': ('D', 'F'), 'up': ('D', 'F'), 'down': ('F', 'D'),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of every layer.
+
+    Attributes:
+      rank: 0 for none: then the model itself is trained.
+      alpha: what is added counts alpha / rank times.
+      matrices: names of MATRICES; in --set separated by commas.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    matrices: tuple[str, ...] = tuple(MATRICES)
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f'lora.rank must be at least 0, not {self.rank}.')
+        for name in self.matrices:
+            if name not in MATRICES:
+                raise UserError(f'lora.matrices: there is no {name!r}; {nearest(name, MATRICES)}')
+        if not self.matrices or len(set(self.matrices)) < len(self.matrices):
+            raise UserError('lora.matrices names at least one matrix, and each once.')
+
+    @property
+    def scale(self) -> float:
+        """The factor of what is added."""
+        return self.alpha / self.rank
+
+
+def names(matrix: str) -> tuple[str, str, str]:
+    """A matrix and its two factors.
+
+    >>> names('o')
+    ('w_o_DHK', 'a_o_HKA', 'b_o_AD')
+    """
+    before, after = MATRICES[matrix]
+    return f'w_{matrix}_D{(before + after).replace("D", "")}', f'a_{matrix}_{before}A', f'b_{matrix}_A{after}'
+
+
+class Adapters(nnx.Module):
+    """The factors of all layers, stacked; `b` begins as zeros, so that the model begins unchanged."""
+
+    def __init__(self, model: ModelConfig, lora: LoraConfig, key: jax.Array):
+        sizes = {'D': model.dim, 'H': model.heads, 'G': model.kv_heads, 'K': model.head_dim, 'F': model.hidden, 'A': lora.rank}
+        for matrix, own in zip(lora.matrices, jax.random.split(key, len(lora.matrices)), strict=True):
+            before, after = MATRICES[matrix]
+            _, a, b = names(matrix)
+            into, out = ([sizes[letter] for letter in letters] for letters in (before, after))
+            fan_in = sizes['D'] if before == 'D' else sizes['F'] if before == 'F' else sizes['H'] * sizes['K']
+            setattr(self, a, normal(own, a, (*into, lora.rank), fan_in))
+            setattr(self, b, nnx.Param(jnp.zeros((lora.rank, *out), jnp.float32, out_sharding=parameter_spec(b))))
+
+
+def make_adapters(model: ModelConfig, lora: LoraConfig, key: jax.Array) -> Adapters:
+    """Adapters for all layers of a model of this shape."""
+    return jax.vmap(partial(Adapters, model, lora))(jax.random.split(key, model.layers))
+
+
+def adapt(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
+    """The model with the adapters beside its matrices: for training, where neither sum nor gradient of a matrix is wanted."""
+    return _replace(model, adapters, lora, lambda name, weight, a, b: Adapted(weight, a, b, lora.scale))
+
+
+@partial(jax.jit, static_argnames='lora')
+def merge(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
+    """The model with the adapters added to its matrices, in float32, rounded once to the dtype of the matrix."""
+
+    def add(name, weight, a, b):
+        before, after = MATRICES[name.split('_')[1]]
+        letters, spec = name.rpartition('_')[2], parameter_spec(name)
+        placed = None if spec is None else jax.sharding.PartitionSpec(None, *spec)
+        product = jnp.einsum(f'N{before}A,NA{after}->N{letters}', a, b, out_sharding=placed, precision='highest')
+        return (weight.astype(jnp.float32) + lora.scale * product).astype(weight.dtype)
+
+    return _replace(model, adapters, lora, add)
+
+
+def _replace(model, adapters, lora, combine):
+    """The model with `combine` (name, weight, a, b) in place of each matrix that has an adapter."""
+    factors = {w: (getattr(adapters, a)[...], getattr(adapters, b)[...]) for w, a, b in map(names, lora.matrices)}
+
+    def of(path, weight):
+        name = parameter_name(path)
+        return combine(name, weight, *factors[name]) if name in factors else weight
+
+    return jax.tree_util.tree_map_with_path(of, model)
