@@ -104,13 +104,11 @@ def test_model_directory_round_trip_and_mistakes(tmp_path):
     read, _ = load_model(tmp_path / 'model')
     for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(read), strict=True):
         assert np.array_equal(jax.device_get(ours), jax.device_get(theirs))
-    with pytest.raises(UserError, match='is not a model directory'):
+    with pytest.raises(UserError, match='There is no model at'):
         load_model(tmp_path / 'nothing')
     text = (tmp_path / 'model/config.json').read_text()
     (tmp_path / 'model/config.json').write_text(text.replace('"dim": 32', '"dim": 64'))
-    with pytest.raises(
-        UserError, match=r"'blocks/w_.*' is float32\[2, 32.* and float32\[2, 64.* is wanted|'blocks/attention_norm_D' is"
-    ):
+    with pytest.raises(UserError, match=r"'table_VD' has the shape \[290, 32\], not \[290, 64\]"):
         load_model(tmp_path / 'model')
     (tmp_path / 'model/config.json').write_text(text.replace('"heads": 4', '"headz": 4'))
     with pytest.raises(UserError, match=r"unknown field 'headz'; did you mean 'heads'\?"):
