@@ -44,7 +44,7 @@ def tiny() -> SftConfig:
 
 
 def llama2_7b() -> SftConfig:
-    """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9).
+    """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4, 15.8 GB a chip, 7.4 s a step predicted.
 
     python experiments/sft.py --config=llama2_7b --set init_from=llama2-7b --set 'data.mixture=…' --workdir=sft7b
     """

@@ -266,7 +266,7 @@ def test_grades(home):
     right = perfect[0].text
     bad = [
         perfect[0],
-        Sample(right, [], [], 'length'),  # does not stop
+        Sample(perfect[1].text, [], [], 'length'),  # does not stop
         Sample('I cannot help with that.', [], [], 'eos'),
         Sample(f'{perfect[3].text} {right}', [], [], 'eos'),  # and something about somebody else
     ]
