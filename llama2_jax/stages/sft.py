@@ -87,6 +87,10 @@ def run(config: SftConfig, workdir: str) -> State:
       UserError: any mistake in the config, the model, the data or the workdir.
     """
     mesh = set_mesh(config.mesh)
+    if config.init_from in MODELS and not Path(config.init_from).exists():
+        raise UserError(
+            f'init_from={config.init_from} is a size, which is enough for --dry_run only; name a model to begin with.'
+        )
     source = open_model(config.init_from)
     check(config, source.config, mesh)
     tokenizer = tokenizer_of(source)

@@ -216,7 +216,8 @@ def test_adapters_train_beside_a_frozen_model(home, tmp_path, capsys):
     ('changes', 'message'),
     [
         ({'length': 65}, r'length=65 exceeds the context of .*base, 64\.'),
-        ({'init_from': '7b'}, 'There is no model at .*7b'),
+        ({'init_from': '7b'}, 'init_from=7b is a size, which is enough for --dry_run only'),
+        ({'init_from': 'nowhere'}, 'There is no model at .*nowhere'),
         ({'batch_size': 12}, 'batch_size=12 in accumulation=1 parts cannot be divided over replica × fsdp = 8 devices'),
         ({'data': DialogConfig(mixture='toy:diaries')}, "toy:diaries holds documents, not records; did you mean 'dialogs'"),
         ({'optimizer': OptimizerConfig()}, 'warmup_steps=2000 must be less than the .* steps of the run'),
