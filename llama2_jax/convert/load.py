@@ -88,7 +88,7 @@ def load_tree(source: Source, abstract: Any, dtype: np.dtype) -> Any:
     """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), on_mesh(abstract))
     if source.form == 'orbax':
-        return load_params(source.path / 'params', abstract)
+        return load_params(source.path / 'params', abstract, cast=True)
 
     def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = parameter_name(path)

@@ -20,8 +20,8 @@ from llama2_jax.config import UserError, nearest
 from llama2_jax.runtime import barrier
 from llama2_jax.train.workdir import no_space_is_said
 
-# An array lies on disk in pieces of at most so many bytes that are whole layers or parts of one: it is read layer by layer, and by
-# many hosts, without reading what is not wanted.
+# An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
+# without reading what is not wanted.
 CHUNK_BYTES = 32 * 2**20
 Tree = Any  # a pytree of arrays; an nnx.Module is one
 
@@ -67,22 +67,22 @@ def save_params(directory: str | Path, params: Tree) -> None:
     """
     directory = Path(directory).absolute()
     tree = to_dict(params)
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), tree)
+    pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()), tree)
     with no_space_is_said(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, tree, save_args=pieces, force=True)
 
 
-def load_params(directory: str | Path, abstract: Tree) -> Tree:
-    """Reads what `save_params` wrote, as the tree and onto the shardings of `abstract` (of `jax.eval_shape`, say), cast to its dtypes.
+def load_params(directory: str | Path, abstract: Tree, cast: bool = False) -> Tree:
+    """Reads what `save_params` wrote, as the tree and onto the shardings of `abstract` (of `jax.eval_shape`, say).
 
     Raises:
-      UserError: nothing is there, it is damaged, or a name or shape differs (the first one is named).
+      UserError: nothing is there, it is damaged, or a name, shape or (unless `cast`) dtype differs (the first one is named).
     """
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise UserError(f'There are no parameters to read: {directory} does not exist.')
     with _damage_is_said(f'The parameters in {directory} are damaged or incomplete'):
-        return _read(directory, on_mesh(abstract), cast=True)
+        return _read(directory, on_mesh(abstract), cast)
 
 
 class Checkpoints:
