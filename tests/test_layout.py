@@ -82,7 +82,7 @@ def test_only_experiments_read_flags():
 
 def test_torch_and_tensorflow_are_never_needed():
     for _, path in modules():
-        assert not {name.split('.')[0] for name in imports(path, top_only=True)} & {'torch', 'tensorflow', 'transformers'}, path
+        assert not {name.split('.')[0] for name in imports(path, top_only=True)} & {'torch', 'tensorflow', 'transformers', 'gguf', 'peft'}, path
 
 
 def run(*arguments, cwd=ROOT):
