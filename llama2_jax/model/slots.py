@@ -32,7 +32,8 @@ class Slots:
         self._weights, self._mesh = weights, mesh
         self._prefill, self._decode = decode.programs(mesh.devices.flat[0])
         self._rows_a_shard = rows // shards(mesh)
-        self._most_places = _multiple(weights.config.context + PIECES[1], 128)  # the last pieces and chunks may reach beyond
+        # The last pieces and chunks may reach beyond the context; a multiple of 128, as TPUs like it.
+        self._most_places = -(-(weights.config.context + PIECES[1]) // 128) * 128
         self._places = min(FIRST_PLACES, self._most_places)
         self.held = [np.zeros(0, np.int32)] * rows
         with jax.set_mesh(mesh):
@@ -172,10 +173,6 @@ class Slots:
 def shards(mesh: Mesh) -> int:
     """Into how many parts a mesh for decoding cuts the rows of a cache."""
     return mesh.shape['replica'] * mesh.shape['rows']
-
-
-def _multiple(size: int, of: int) -> int:
-    return -(-size // of) * of
 
 
 def _common(held: np.ndarray, prompt: np.ndarray) -> int:

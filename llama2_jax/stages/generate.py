@@ -210,8 +210,8 @@ def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8
     report.check()
     lines = [f'mesh             {" × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())}', str(report)]
     if report.program.seconds:
-        ratio = f'{report.program.seconds / floor:.2f} times that' if floor else ''
-        lines.append(f'memory bound     {floor * 1e3:.3f} ms to read weights and cache once; predicted {ratio}')
+        ratio = report.program.seconds / floor
+        lines.append(f'memory bound     {floor * 1e3:.3f} ms to read weights and cache once; predicted {ratio:.2f} times that')
     return '\n'.join(lines)
 
 

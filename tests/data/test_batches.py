@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from batches import concatenated, equal
 from byte_tokenizer import ByteTokenizer, documents, split_at_bos
 
 from llama2_jax.config import UserError
@@ -35,18 +36,6 @@ def make(world):
         return PretrainData(config, ByteTokenizer(), length=length, batch_size=BATCH, seed=seed, steps=steps, **kwargs)
 
     return make
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
-    )
-
-
-def concatenated(per_process):
-    return [
-        {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]} for batches in zip(*per_process, strict=True)
-    ]
 
 
 def test_batches_have_the_shapes_and_say_where_they_come_from(make):

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from batches import concatenated, equal
 
 from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import DialogConfig, DialogData
@@ -46,18 +47,6 @@ def make(world):
         return DialogData(config, Letters(), length=length, batch_size=BATCH, seed=seed, **kwargs)
 
     return make
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True)
-    )
-
-
-def concatenated(per_process):
-    return [
-        {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]} for batches in zip(*per_process, strict=True)
-    ]
 
 
 def parts(batches):
