@@ -17,6 +17,7 @@ from llama2_jax.convert.orbax import check_vocabulary, open_orbax
 from llama2_jax.convert.source import DTYPES, Source, read_json
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
+from llama2_jax.model.score import ScoreModel
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import load_params, on_mesh
 
@@ -64,8 +65,24 @@ def load_model(path: str | Path, dtype: str | None = None) -> tuple[Llama, Token
     source = open_model(path)
     if source.head != 'head_DV':
         raise UserError(f'{path} is a reward model: it gives scores, not next tokens.')
+    return _load(source, Llama, dtype)
+
+
+def load_score_model(path: str | Path, dtype: str | None = None) -> tuple[ScoreModel, Tokenizer]:
+    """A reward model or value model, as `load_model` reads a language model. The shift of its scores is not applied.
+
+    Raises:
+      UserError: what `open_model` raises, a language model, or a tokenizer that does not belong to the model.
+    """
+    source = open_model(path)
+    if source.head != 'score_D':
+        raise UserError(f'{path} is a language model: it gives next tokens, not scores.')
+    return _load(source, ScoreModel, dtype)
+
+
+def _load(source: Source, kind: type, dtype: str | None) -> tuple[Any, Tokenizer]:
     tokenizer = tokenizer_of(source)
-    abstract = jax.eval_shape(partial(Llama, source.config), jax.random.key(0))
+    abstract = jax.eval_shape(partial(kind, source.config), jax.random.key(0))
     return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer
 
 

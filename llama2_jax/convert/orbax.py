@@ -15,20 +15,20 @@ import tensorstore as ts
 from llama2_jax.config import ModelConfig, UserError, from_dict
 from llama2_jax.convert.names import BLOCK, HEADS, contiguous, keys, shape
 from llama2_jax.convert.source import DTYPES, Source, Stream, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
-from llama2_jax.model.llama import Llama
+from llama2_jax.model.llama import Trunk
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params
 
 
-def save_model(directory: str | Path, model: Llama, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
+def save_model(directory: str | Path, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
     """Writes a model directory, whole or not at all, in place of what is there; every process calls it.
 
     Args:
       directory: `model/` of a workdir, say.
-      model: parameters, on any mesh.
+      model: parameters of a language model or reward model, on any mesh.
       tokenizer: copied beside them.
-      provenance: stage, parent and step, for config.json.
+      provenance: stage, parent and step, for config.json; of a reward model also its scores' shift, mean and std.
 
     Raises:
       UserError: no space is left.

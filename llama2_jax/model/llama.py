@@ -131,17 +131,16 @@ class Block(nnx.Module):
         return linear('BLF,DF->BLD', hidden_BLF, self.w_down_DF[...])
 
 
-class Llama(nnx.Module):
-    """Embedding, N equal layers held as one stacked `Block`, final norm, and an output embedding of its own (recipe A.3)."""
+class Trunk(nnx.Module):
+    """Embedding, N equal layers held as one stacked `Block`, final norm (recipe A.3): all but a head."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         V, D = config.vocab_size, config.dim
-        table, head, blocks = jax.random.split(key, 3)
+        table, _, blocks = jax.random.split(key, 3)
         self.config = config
         self.table_VD = normal(table, 'table_VD', (V, D), D)
         self.blocks = jax.vmap(partial(Block, config))(jax.random.split(blocks, config.layers))
         self.norm_D = ones(D)
-        self.head_DV = normal(head, 'head_DV', (D, V), D)
 
     def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = CPU) -> jax.Array:
         """Hidden states after the final norm.
@@ -152,7 +151,7 @@ class Llama(nnx.Module):
           compute: how.
 
         Returns:
-          [B, L, D] in the compute dtype; `logits` and `loss` take it from there.
+          [B, L, D] in the compute dtype; a head takes it from there.
         """
         rope = rope_table(positions(tokens_BL, segments_BL), self.config.head_dim, self.config.rope_theta)
 
@@ -165,6 +164,15 @@ class Llama(nnx.Module):
         x_BLD = embed(self.table_VD[...], tokens_BL, compute.dtype)
         x_BLD, _ = jax.lax.scan(rematerialised(layer, compute.remat), x_BLD, self.blocks)
         return rms_norm(x_BLD, self.norm_D[...], self.config.norm_eps)
+
+
+class Llama(Trunk):
+    """The language model: the trunk, and an output embedding of its own."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        super().__init__(config, key)
+        _, head, _ = jax.random.split(key, 3)
+        self.head_DV = normal(head, 'head_DV', (config.dim, config.vocab_size), config.dim)
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Scores of every next token, [B, L, V] float32: for looking; training uses `loss`."""

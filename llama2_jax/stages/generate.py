@@ -1,5 +1,6 @@
 """Prompts in, samples out: a file of them, resumable, and what one step of decoding would take on devices that are not here."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import load_model, open_model
+from llama2_jax.convert.load import load_model, load_score_model, open_model
 from llama2_jax.data.sources import read_records
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.model.llama import Compute
+from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
@@ -38,11 +40,27 @@ def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False) -> 
       UserError: the model cannot be read.
     """
     mesh = decoding_mesh(open_model(model).config)
-    # One device might not have room for the model as it is stored beside the model as it decodes.
-    place = make_mesh(MeshConfig(), jax.devices('cpu')[:1]) if mesh.size == 1 else mesh
-    with jax.set_mesh(place):
+    with _room(mesh):
         parameters, tokenizer = load_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
     return Engine(parameters, tokenizer, mesh=mesh, batch_size=batch_size, int8=int8)
+
+
+def open_scorer(model: str | Path, batch_size: int = 32) -> Scorer:
+    """A scorer on all devices for a reward model of any format, with the shift that its config.json tells.
+
+    Raises:
+      UserError: the model cannot be read, or is a language model.
+    """
+    mesh = make_mesh(MeshConfig())
+    with _room(mesh):
+        parameters, tokenizer = load_score_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
+    shift = open_model(model).provenance.get('scores', {}).get('shift', 0.0)
+    return Scorer(parameters, tokenizer, mesh=mesh, batch_size=batch_size, shift=shift)
+
+
+def _room(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """Where to load: one device might not have room for the model as it is stored beside the model as it is used."""
+    return jax.set_mesh(make_mesh(MeshConfig(), jax.devices('cpu')[:1]) if mesh.size == 1 else mesh)
 
 
 def make_request(row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping[str, Any], where: str) -> Request:
