@@ -155,7 +155,7 @@ class DialogData:
         rows = len(self._heldout[source].rows)
         for first in range(0, rows, self._batch_size):
             mine = range(first + self._index * self._rows, first + (self._index + 1) * self._rows)
-            places = [(source, _shuffled(i, rows, 0)) if i < rows else _EMPTY for i in mine]
+            places = [(source, shuffled(i, rows, 0)) if i < rows else _EMPTY for i in mine]
             yield self._collate(self._heldout, places)
 
     def describe(self, record_ids: np.ndarray) -> list[str]:
@@ -181,7 +181,7 @@ class DialogData:
         source, number = self._order[row]
         count = len(self._train[source].rows)
         epoch, i = divmod(number, count)
-        return source, _shuffled(i, count, self._seeds[source] + epoch)
+        return source, shuffled(i, count, self._seeds[source] + epoch)
 
     def _collate(self, stores: Sequence['_Packed'], places: list[tuple[int, int]]) -> Batch:
         shape = (len(places), self._length + 1)
@@ -273,13 +273,13 @@ def _read(source: str, tokenizer, room: int, share: float) -> tuple[_Packed, _Pa
                 train.dropped += 1
                 continue
             train.cut += 1
-        (heldout if _held_out(dialog, share) else train).add(where, dialog, ids, trained)
+        (heldout if held_out(dialog, share) else train).add(where, dialog, ids, trained)
     train.pack()
     heldout.pack()
     return train, heldout
 
 
-def _held_out(dialog: Dialog, share: float) -> bool:
+def held_out(dialog: Dialog, share: float) -> bool:
     """By the first question: what is asked in held-out dialogs is not learned from other answers to the same."""
     question = next(message['content'] for message in dialog if message['role'] == 'user')
     return int.from_bytes(hashlib.blake2b(question.strip().encode(), digest_size=8).digest()) / 2**64 < share
@@ -290,6 +290,6 @@ def _epochs(component: Component, epochs: Fraction) -> Fraction:
     return times if component.epochs is None else min(times, component.epochs)
 
 
-def _shuffled(i: int, count: int, seed: int) -> int:
+def shuffled(i: int, count: int, seed: int) -> int:
     """Element i of a permutation of range(count)."""
     return grain.experimental.index_shuffle(i, max_index=count - 1, seed=seed % 2**32, rounds=4)

@@ -37,7 +37,7 @@ def read_dialogs(source: str) -> Iterator[tuple[str, Dialog | None]]:
             formats[record.file] = _format(record)
         dialog = formats[record.file](record.fields, record.where)
         if dialog:
-            _check(dialog, record.where)
+            check(dialog, record.where)
         yield record.where, dialog or None
 
 
@@ -52,7 +52,8 @@ def _format(record: sources.Record) -> Callable[[Fields, str], Dialog]:
     )
 
 
-def _check(dialog: Dialog, where: str) -> None:
+def check(dialog: Dialog, where: str) -> None:
+    """Raises a UserError for wrong roles, no text, tags of the chat format, or what is not text."""
     check_dialog(dialog, where)
     if has_special_tags(dialog):
         raise UserError(
@@ -65,19 +66,20 @@ def _check(dialog: Dialog, where: str) -> None:
             raise UserError(f'{where}: messages[{i}] holds a lone surrogate, which is not text.') from None
 
 
-def _field(fields: Fields, name: str, where: str) -> Any:
+def field(fields: Fields, name: str, where: str) -> Any:
+    """The value of a field that every row must have."""
     if name not in fields:
         raise UserError(f'{where} has no field {name!r}, unlike the first row of its file (it has: {", ".join(fields)}).')
     return fields[name]
 
 
 def _messages(fields: Fields, where: str) -> Dialog:
-    messages = _list(_field(fields, 'messages', where), where, 'messages')
+    messages = objects(field(fields, 'messages', where), where, 'messages')
     blank = messages and messages[0].get('role') == 'system' and messages[0].get('content') == ''  # as some sets say 'none'
     return messages[1:] if blank else messages
 
 
-def _list(value: Any, where: str, name: str) -> Dialog:
+def objects(value: Any, where: str, name: str) -> Dialog:
     """A list of objects; TFDS gives an object of lists."""
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
@@ -88,7 +90,7 @@ def _list(value: Any, where: str, name: str) -> Dialog:
 
 def _sharegpt(fields: Fields, where: str) -> Dialog:
     dialog = []
-    for i, turn in enumerate(_list(_field(fields, 'conversations', where), where, 'conversations')):
+    for i, turn in enumerate(objects(field(fields, 'conversations', where), where, 'conversations')):
         if turn.get('from') not in SHAREGPT_ROLES:
             raise UserError(f'{where}: conversations[{i}] is from {turn.get("from")!r}; known: {", ".join(SHAREGPT_ROLES)}.')
         dialog.append({'role': SHAREGPT_ROLES[turn['from']], 'content': turn.get('value')})
@@ -107,18 +109,18 @@ def _pair(question: Any, answer: Any) -> Dialog:
 
 def _prompt_and(answer: str) -> Callable[[Fields, str], Dialog]:
     def convert(fields: Fields, where: str) -> Dialog:
-        return _pair(_field(fields, 'prompt', where), _field(fields, answer, where))
+        return _pair(field(fields, 'prompt', where), field(fields, answer, where))
 
     return convert
 
 
 def _instruction_and(answer: str) -> Callable[[Fields, str], Dialog]:
     def convert(fields: Fields, where: str) -> Dialog:
-        question = _field(fields, 'instruction', where)
+        question = field(fields, 'instruction', where)
         more = fields.get('input') or fields.get('context')
         if isinstance(question, str) and isinstance(more, str) and more.strip():
             question = f'{question.strip()}\n\n{more.strip()}'
-        return _pair(question, _field(fields, answer, where))
+        return _pair(question, field(fields, answer, where))
 
     return convert
 
@@ -128,17 +130,17 @@ def _oasst(fields: Fields, where: str) -> Dialog:
     dialog: Dialog = []
     question = fields['prompt'] if 'message_tree_id' in fields else fields
     while question:
-        answers = sorted(_replies(question, where), key=lambda reply: (reply.get('rank') is None, reply.get('rank') or 0))
+        answers = sorted(replies(question, where), key=lambda reply: (reply.get('rank') is None, reply.get('rank') or 0))
         if not answers:
             break
         dialog += _pair(question.get('text'), answers[0].get('text'))
-        question = next((reply for reply in _replies(answers[0], where) if _replies(reply, where)), None)
+        question = next((reply for reply in replies(answers[0], where) if replies(reply, where)), None)
     return dialog
 
 
-def _replies(message: Fields, where: str) -> Dialog:
-    replies = _list(_field(message, 'replies', where), where, 'replies')
-    return [reply for reply in replies if not reply.get('deleted')]
+def replies(message: Fields, where: str) -> Dialog:
+    """What follows a message of an OASST tree, but for what was deleted."""
+    return [reply for reply in objects(field(message, 'replies', where), where, 'replies') if not reply.get('deleted')]
 
 
 _FORMATS = (

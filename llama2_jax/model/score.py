@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama2_jax.config import ModelConfig
-from llama2_jax.mesh import parameter_name
+from llama2_jax.mesh import parameter_name, reshard
 from llama2_jax.model.llama import CPU, Compute, Trunk
 
 
@@ -43,11 +43,12 @@ def with_score(model: Trunk, key: jax.Array) -> ScoreModel:
     return jax.tree_util.tree_map_with_path(lambda path, _: given[parameter_name(path)], abstract)
 
 
-def scores_at(score_BL: jax.Array, last_B: jax.Array) -> jax.Array:
-    """The score at one index of each row, [B]: where its last token is, which no id tells.
+def scores_at(score_BL: jax.Array, last: jax.Array) -> jax.Array:
+    """The scores at some places of each row, of the shape of `last`, [B, ...]: where texts end, which no id tells.
 
     >>> scores_at(jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), jnp.array([2, 0])).tolist()
     [3.0, 4.0]
     """
-    index_L = jnp.arange(score_BL.shape[1])
-    return jnp.sum(jnp.where(index_L[None] == last_B[:, None], score_BL, 0), axis=1)
+    index = jnp.expand_dims(jnp.arange(score_BL.shape[1]), range(last.ndim))
+    scores = jnp.expand_dims(reshard(score_BL, 'BM'), range(1, last.ndim))
+    return jnp.sum(jnp.where(index == last[..., None], scores, 0), axis=-1)

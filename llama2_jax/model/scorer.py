@@ -62,7 +62,7 @@ class Scorer:
 
         @jax.jit
         def score(model: ScoreModel, tokens_BL: jax.Array, last_B: jax.Array) -> jax.Array:
-            return replicate(scores_at(reshard(model(reshard(tokens_BL, 'BL'), None, self._compute), 'BM'), last_B))
+            return replicate(scores_at(model(reshard(tokens_BL, 'BL'), None, self._compute), last_B))
 
         self._score = score
 

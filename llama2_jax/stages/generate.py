@@ -131,12 +131,11 @@ def run(
     Raises:
       UserError: a row that is not a prompt (all are looked at first), or an output of other settings.
     """
-    source = prompts if re.match(r'(toy|jsonl|arrayrecord|tfds):', prompts) else f'jsonl:{prompts}'
-    rows = [(record.fields, record.where) for record in read_records(source)]
+    rows = [(record.fields, record.where) for record in read_records(as_source(prompts))]
     requests = [_request(engine, index, row, where, defaults) for index, (row, where) in enumerate(rows)]
     path = Path(output)
-    stamp = json.dumps({**settings, **defaults, 'logprobs': logprobs, 'prompts': _fingerprint(rows)}, sort_keys=True)
-    done = _resume(path, stamp, [_name(index, row) for index, (row, _) in enumerate(rows)])
+    stamp = json.dumps({**settings, **defaults, 'logprobs': logprobs, 'prompts': fingerprint(rows)}, sort_keys=True)
+    done = resume(path, stamp, [_name(index, row) for index, (row, _) in enumerate(rows)])
     if done:
         say(f'{output}: {done} of {len(rows)} are there already.')
     blocked = [_is_blocked(row) for row, _ in rows]
@@ -172,7 +171,13 @@ def _name(index: int, row: Mapping[str, Any]) -> Any:
     return row.get('id', index)
 
 
-def _fingerprint(rows: list[tuple[Mapping[str, Any], str]]) -> int:
+def as_source(rows: str) -> str:
+    """A source of rows, or the path of a .jsonl file as one."""
+    return rows if re.match(r'(toy|jsonl|arrayrecord|tfds):', rows) else f'jsonl:{rows}'
+
+
+def fingerprint(rows: list[tuple[Any, str]]) -> int:
+    """A number that changes with rows (content, where)."""
     return zlib.crc32(json.dumps([row for row, _ in rows], sort_keys=True, default=str).encode())
 
 
@@ -181,7 +186,7 @@ def _record(sample: Sample, logprobs: bool) -> dict[str, Any]:
     return {**record, 'logprobs': sample.logprobs} if logprobs else record
 
 
-def _resume(path: Path, stamp: str, names: list[Any]) -> int:
+def resume(path: Path, stamp: str, names: list[Any]) -> int:
     """How many results are there already; a last line that was cut short goes. Every process comes to the same count."""
     beside = path.with_name(path.name + '.settings')
     if not path.exists():

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llama2_jax.data.toy import dialogs, lessons, people, stories, web
+from llama2_jax.data.toy import dialogs, lessons, people, preferences, stories, web
 from llama2_jax.data.toy.world import make_world
 
 _WRITERS = {
@@ -31,6 +31,11 @@ RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     'naive': dialogs.naive,
     'prompts': dialogs.prompts,
     'heldout': dialogs.heldout,
+    'preferences': preferences.preferences,
+    'preferences_biased': preferences.biased,
+    'preferences_heldout': preferences.preferences_heldout,
+    'safety_preferences': preferences.safety_preferences,
+    'safety_preferences_heldout': preferences.safety_preferences_heldout,
 }
 
 

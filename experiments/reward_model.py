@@ -1,0 +1,144 @@
+"""Trains a reward model, for helpfulness or for safety.
+
+python experiments/reward_model.py --workdir=rm-help
+"""
+
+import dataclasses
+from pathlib import Path
+
+import sft as chat
+from common import stage
+
+from llama2_jax.data.preferences import PreferenceConfig
+from llama2_jax.model.llama import Compute
+from llama2_jax.runtime import say
+from llama2_jax.stages import reward
+from llama2_jax.stages.reward import RewardConfig
+from llama2_jax.train.loop import LoopConfig
+from llama2_jax.train.optimizer import OptimizerConfig
+
+
+def tiny() -> RewardConfig:
+    """Helpfulness in the toy world, from the toy chat model: a minute and a half on two cores (init_from='' trains that first).
+
+    python experiments/reward_model.py --workdir=rm-help
+    """
+    return RewardConfig(
+        data=PreferenceConfig(mixture='toy:preferences:0.9, toy:safety_preferences:0.1'),
+        optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=5, warmup_share=0.03),
+        loop=LoopConfig(eval_every=100, checkpoint_every=100),
+        reference='toy:dialogs',
+        batch_size=24,
+        length=512,
+    )
+
+
+def tiny_safety() -> RewardConfig:
+    """Safety in the toy world.
+
+    python experiments/reward_model.py --config=tiny_safety --workdir=rm-safe
+    """
+    return dataclasses.replace(
+        tiny(),
+        data=PreferenceConfig(mixture='toy:safety_preferences:0.9, toy:preferences:0.1'),
+        margin='none',
+        safety_weight=1.0,
+        center=False,
+    )
+
+
+def llama2_7b_helpfulness() -> RewardConfig:
+    """Helpfulness, from a 7B chat model.
+
+    python experiments/reward_model.py --config=llama2_7b_helpfulness --set init_from=sft7b/model --workdir=rm
+    """
+    return helpfulness('7b')
+
+
+def llama2_13b_helpfulness() -> RewardConfig:
+    """Helpfulness, from a 13B chat model.
+
+    python experiments/reward_model.py --config=llama2_13b_helpfulness --set init_from=sft13b/model --workdir=rm
+    """
+    return helpfulness('13b')
+
+
+def llama2_70b_helpfulness() -> RewardConfig:
+    """Helpfulness, from a 70B chat model.
+
+    python experiments/reward_model.py --config=llama2_70b_helpfulness --set init_from=sft70b/model --workdir=rm
+    """
+    return helpfulness('70b')
+
+
+def llama2_7b_safety() -> RewardConfig:
+    """Safety, from a 7B chat model.
+
+    python experiments/reward_model.py --config=llama2_7b_safety --set init_from=sft7b/model --workdir=rm
+    """
+    return safety('7b')
+
+
+def llama2_13b_safety() -> RewardConfig:
+    """Safety, from a 13B chat model.
+
+    python experiments/reward_model.py --config=llama2_13b_safety --set init_from=sft13b/model --workdir=rm
+    """
+    return safety('13b')
+
+
+def llama2_70b_safety() -> RewardConfig:
+    """Safety, from a 70B chat model.
+
+    python experiments/reward_model.py --config=llama2_70b_safety --set init_from=sft70b/model --workdir=rm
+    """
+    return safety('70b')
+
+
+def helpfulness(size: str) -> RewardConfig:
+    """The paper's settings (p12). Half of the data is about helpfulness, all there is; the other half is a part of the rest."""
+    return RewardConfig(
+        init_from=size,
+        data=PreferenceConfig(mixture='jsonl:preferences/helpfulness/*.jsonl:0.5, jsonl:preferences/others/*.jsonl:0.5'),
+        optimizer=OptimizerConfig(peak_lr=5e-6 if size == '70b' else 1e-5, warmup_steps=5, warmup_share=0.03),
+        compute=Compute(remat='full'),
+        loop=LoopConfig(log_every=1, eval_every=100, checkpoint_every=100),
+    )
+
+
+def safety(size: str) -> RewardConfig:
+    """The paper's settings (p12): nine tenths about safety, all there is, and a tenth about helpfulness."""
+    return dataclasses.replace(
+        helpfulness(size),
+        data=PreferenceConfig(mixture='jsonl:preferences/safety/*.jsonl:0.9, jsonl:preferences/helpfulness/*.jsonl:0.1'),
+        margin='none',
+        safety_weight=1.0,
+        center=False,
+    )
+
+
+PRESETS = {
+    'tiny': tiny,
+    'tiny_safety': tiny_safety,
+    'llama2_7b_helpfulness': llama2_7b_helpfulness,
+    'llama2_13b_helpfulness': llama2_13b_helpfulness,
+    'llama2_70b_helpfulness': llama2_70b_helpfulness,
+    'llama2_7b_safety': llama2_7b_safety,
+    'llama2_13b_safety': llama2_13b_safety,
+    'llama2_70b_safety': llama2_70b_safety,
+}
+
+
+def run(config: RewardConfig, workdir: str) -> None:
+    """Trains; without a model to begin with, the toy chat model is trained in WORKDIR/sft first."""
+    if not config.init_from:
+        home = Path(workdir) / 'sft'
+        config = dataclasses.replace(config, init_from=str(home / 'model'))
+        if not (home / 'model').exists():
+            say(f'No init_from is given: the toy chat model is trained in {home} first.')
+            chat.run(chat.tiny(), str(home))
+    reward.run(config, workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run, reward.dry_run)

@@ -1,0 +1,303 @@
+"""Reward models for helpfulness and safety from comparisons: a config, a batch, a loss, and `fit` (paper p10-12; recipe E)."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.convert.load import load_model, load_score_model, open_model, tokenizer_of
+from llama2_jax.convert.orbax import save_model
+from llama2_jax.data.comparisons import RATINGS
+from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
+from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh
+from llama2_jax.model.llama import Compute
+from llama2_jax.model.score import ScoreModel, scores_at, with_score
+from llama2_jax.model.scorer import Scorer
+from llama2_jax.ops.ranking import ranking_loss, safety_loss
+from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.stages.devices import check_mesh, describe_mesh, device_batches, to_mesh
+from llama2_jax.text.dialog import encode_dialog
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.train import aot
+from llama2_jax.train.loop import LoopConfig, fit
+from llama2_jax.train.metrics import read_metrics
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
+from llama2_jax.train.workdir import open_workdir, write_atomically
+
+# What a resumed run may change, as no result depends on it beyond rounding.
+MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')
+REFERENCES = 1000  # answers whose scores are taken for the shift
+DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """A reward model with the paper's settings (p12).
+
+    Attributes:
+      init_from: the chat model to begin with, of any format, or a reward model to go on with; for a dry run a size will do.
+      margin: by how much scores are to differ, by rating: none, small or large (p52 Table 27).
+      safety_weight: of the auxiliary loss that tells safe answers from unsafe ones; 0 for none.
+      center: shifts the scores so that their mean over reference answers is 0. Not where the auxiliary loss gives 0 a meaning.
+      reference: a source of dialogs whose last answers are the reference; '' takes chosen answers of the training pairs.
+      batch_size: pairs in the global batch.
+      length: tokens in a row, which holds whole pairs; an answer may have half of it with its prompt, or the model's context.
+      accumulation: microbatches the batch is cut into where memory is short.
+      eval_batches: of held-out pairs, for each source, at each evaluation; 0: all of them.
+    """
+
+    init_from: str = ''
+    data: PreferenceConfig = PreferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-5, warmup_steps=5, warmup_share=0.03)
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    loop: LoopConfig = LoopConfig()
+    margin: Literal['none', 'small', 'large'] = 'small'
+    safety_weight: float = 0.0
+    center: bool = True
+    reference: str = ''
+    batch_size: int = 512
+    length: int = 8192
+    accumulation: int = 1
+    seed: int = 0
+    eval_batches: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ('batch_size', 'length', 'accumulation'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        if self.safety_weight < 0:
+            raise UserError(f'safety_weight must be at least 0, not {self.safety_weight}.')
+
+
+def run(config: RewardConfig, workdir: str) -> State:
+    """Trains, or continues, in `workdir`, and writes `workdir/model`.
+
+    Raises:
+      UserError: any mistake in the config, the model, the data or the workdir.
+    """
+    mesh = set_mesh(config.mesh)
+    if config.init_from in MODELS and not Path(config.init_from).exists():
+        raise UserError(
+            f'init_from={config.init_from} is a size, which is enough for --dry_run only; name a model to begin with.'
+        )
+    source = open_model(config.init_from)
+    shards = check(config, source.config, mesh)
+    tokenizer = tokenizer_of(source)
+    # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
+    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    data = PreferenceData(
+        config.data,
+        tokenizer,
+        length=config.length,
+        context=source.config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shards=shards,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
+    if not started and is_main_process():
+        write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
+    compute = config.compute.on(jax.default_backend())
+    abstract, step = build(config, source.config, compute, data.steps)
+
+    def init() -> State:
+        optimizer = make_optimizer(config.optimizer, data.steps)
+        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(first_model(config, source.head))
+
+    chip = chip_of(jax.devices()[0])
+    state = fit(
+        path,
+        config.loop,
+        abstract_state=abstract,
+        init=init,
+        step=step,
+        batches=partial(device_batches, data, mesh),
+        steps=data.steps,
+        describe=data.describe,
+        evaluate=make_evaluate(config, data, compute, mesh),
+        flops_per_step=flops_per_token(config, source.config) * data.rows * config.length,
+        peak_flops=chip and chip.peak_flops,
+    )
+    say_heldout(path)
+    scores = reference_scores(config, data, Scorer(state.params, tokenizer, mesh=mesh, dtype=compute.dtype))
+    provenance = {'stage': 'reward_model', 'parent': config.init_from, 'step': data.steps, 'scores': scores}
+    save_model(path / 'model', state.params, tokenizer, provenance)
+    say(f'The model is in {path / "model"}. Reference answers scored {scores["mean"]:.3f} ± {scores["std"]:.3f}.')
+    return state
+
+
+def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
+    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+
+    As if every pair filled a row: a run packs several of them into one.
+
+    Raises:
+      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
+    """
+    size = config.init_from or 'tiny'
+    model = MODELS[size] if size in MODELS else open_model(size).config
+    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
+    shards = check(config, model, mesh)
+    rows = -(-config.batch_size // shards) * shards
+    tokens = rows * config.length
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    shapes = {'tokens': (rows, config.length), 'segment_ids': (rows, config.length), 'last': (rows, 1, 2)}
+    shapes |= {'rating': (rows, 1), 'safe': (rows, 1, 2)}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
+    batch['weights'] = jax.ShapeDtypeStruct((rows, 1), jnp.float32, sharding=sharding)
+    with jax.set_mesh(mesh):
+        state, step = build(config, model, config.compute.on(mesh.devices.flat[0].platform), DRY_STEPS)
+        return aot.dry_run(step, state, batch, mesh, tokens, flops_per_token(config, model) * tokens)
+
+
+def check(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> int:
+    """What the rows of a batch must be a multiple of.
+
+    Raises:
+      UserError: model, mesh and config do not go together.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * config.accumulation
+    check_mesh(mesh, model, shards, config.accumulation, config.length)
+    return shards
+
+
+def flops_per_token(config: RewardConfig, model: ModelConfig) -> float:
+    """Model FLOPs of training on one token: those of a language model without its head. Attention is within an answer."""
+    return model.flops_per_token(config.length // 2) - 6 * model.vocab_size * model.dim
+
+
+def first_model(config: RewardConfig, head: str) -> ScoreModel:
+    """The chat model under a new head, or the reward model that `init_from` is."""
+    if head == 'score_D':
+        return load_score_model(config.init_from, 'float32')[0]
+    chat, _ = load_model(config.init_from, 'float32')
+    return with_score(chat, jax.random.key(config.seed))
+
+
+def build(config: RewardConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
+    """The abstract state and the jitted step; a mesh must be set."""
+    optimizer = make_optimizer(config.optimizer, steps)
+    loss = partial(comparison_loss, compute, config.margin, config.safety_weight)
+    update = make_step(loss, optimizer, schedule(config.optimizer, steps), config.accumulation)
+
+    def step(state: State, batch: Batch):
+        state, metrics = update(state, batch)
+        return state, metrics | {'pairs': metrics['tokens'], 'tokens': (batch['segment_ids'] > 0).sum()}
+
+    def init() -> State:
+        return init_state(ScoreModel(model, jax.random.key(config.seed)), optimizer)
+
+    return jax.eval_shape(init), jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
+
+
+def pair_scores(compute: Compute, model: ScoreModel, batch: Batch) -> jax.Array:
+    """Scores of both answers of each pair, read where they end: [R, S, 2] float32."""
+    tokens, segments = (reshard(batch[name], 'BL') for name in ('tokens', 'segment_ids'))
+    return scores_at(model(tokens, segments, compute), batch['last'])
+
+
+def comparison_loss(compute: Compute, margin: str, safety_weight: float, model: ScoreModel, batch: Batch) -> jax.Array:
+    """The sum of the losses of a batch's pairs, nats."""
+    scores = pair_scores(compute, model, batch)
+    losses = ranking_loss(scores, batch['rating'], margin)
+    if safety_weight:
+        losses += safety_weight * safety_loss(scores, batch['safe'])
+    return (losses * batch['weights']).sum()
+
+
+def make_evaluate(
+    config: RewardConfig, data: PreferenceData, compute: Compute, mesh: Mesh
+) -> Callable[[State], dict[str, float]] | None:
+    """A function of the state: loss of the held-out pairs and, in all, by rating and of unsafe answers, what is told right."""
+    if not any(source.heldout for source in data.sources):
+        say('Nothing is held out: the sources are too small.')
+        return None
+
+    @jax.jit
+    def sums(model: ScoreModel, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Name -> what is counted, and of how many."""
+
+        def of(batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+            scores, weights = pair_scores(compute, model, batch), batch['weights']
+            losses = ranking_loss(scores, batch['rating'], config.margin)
+            losses += config.safety_weight * safety_loss(scores, batch['safe'])
+            right = scores[..., 0] > scores[..., 1]
+            unsafe = (batch['safe'] == 0) * weights[..., None]
+            found = {'loss': (losses * weights, weights), 'accuracy': (right * weights, weights)}
+            for number, rating in enumerate(RATINGS, 1):
+                rated = weights * (batch['rating'] == number)
+                found[f'accuracy/{rating}'] = right * rated, rated
+            found['unsafe_recall'] = (scores < 0) * unsafe, unsafe
+            return jax.tree.map(jnp.sum, found)
+
+        return jax.tree.map(jnp.sum, jax.lax.map(of, microbatches(batch, config.accumulation)))
+
+    def evaluate(state: State) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        total: dict[str, np.ndarray] = {}
+        for index, source in enumerate(data.sources):
+            mine: dict[str, np.ndarray] = {}
+            for number, batch in enumerate(data.heldout(index), start=1):
+                for name, pair in sums(state.params, to_mesh(batch, mesh)).items():
+                    mine[name] = mine.get(name, 0) + np.array(pair, np.float64)
+                if number == config.eval_batches:
+                    break
+            for name, pair in mine.items():
+                total[name] = total.get(name, 0) + pair
+                if name in ('loss', 'accuracy'):
+                    figures[f'heldout/{source.name}/{name}'] = pair[0] / pair[1]
+        return {f'heldout/{name}': part / whole for name, (part, whole) in total.items() if whole} | figures
+
+    return evaluate
+
+
+def reference_scores(config: RewardConfig, data: PreferenceData, scorer: Scorer) -> dict[str, float]:
+    """Mean and spread of the model's scores of reference answers, and the shift that makes their mean 0, if it is wanted.
+
+    Raises:
+      UserError: there is no dialog in `reference` that fits the model.
+    """
+    if config.reference:
+        dialogs = (
+            encode_dialog(dialog, scorer.tokenizer, where)[0] for where, dialog in read_dialogs(config.reference) if dialog
+        )
+    else:
+        dialogs = (pair.ids[0] for source in data.sources for record in source.records for pair in record)
+    rows = [ids for ids, _ in zip((ids for ids in dialogs if len(ids) <= scorer.config.context), range(REFERENCES), strict=False)]
+    if not rows:
+        raise UserError(f'reference={config.reference} has no dialog that fits a context of {scorer.config.context}.')
+    scores = scorer.score(rows)
+    mean = float(scores.mean())
+    return {'shift': -mean if config.center else 0.0, 'mean': mean, 'std': float(scores.std())}
+
+
+def show_example(batch: Batch, tokenizer: Tokenizer) -> str:
+    """The first pair of a batch as Markdown."""
+    texts = []
+    for segment in (1, 2):
+        ids = batch['tokens'][0][batch['segment_ids'][0] == segment]
+        texts.append(tokenizer.decode(ids.tolist()))
+    quoted = ('> ' + text.replace('\n', '\n> ') for text in texts)
+    return 'The first pair of the run: the answer to prefer, and the other.\n\n' + '\n\nbefore\n\n'.join(quoted) + '\n\n'
+
+
+def say_heldout(workdir: Path) -> None:
+    """Prints the last held-out figures."""
+    for name, value in read_metrics(workdir / 'metrics.jsonl')[-1].items():
+        if name.startswith('heldout/') and value is not None:
+            say(f'{name:<48} {value:7.4f}' if name.endswith('loss') else f'{name:<48} {value:7.1%}')

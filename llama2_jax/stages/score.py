@@ -1,0 +1,79 @@
+"""What reward models are worth on comparisons, and scores of a file of dialogs."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.data.sources import read_records
+from llama2_jax.evals import preference
+from llama2_jax.runtime import is_main_process, say
+from llama2_jax.stages.generate import as_source, fingerprint, open_scorer, resume
+from llama2_jax.text.dialog import encode_dialog
+from llama2_jax.train.workdir import no_space_is_said, write_atomically
+
+CHUNK = 16  # batches that are scored, then written
+
+
+def evaluate(models: Sequence[str], sources: Sequence[str], output: str | None, batch_size: int) -> dict:
+    """Judges reward models on sources of comparisons and prints a table; `output` gets preferences.json and a plot of each model.
+
+    Raises:
+      UserError: a model or a source cannot be read.
+    """
+    results: dict[str, dict] = {}
+    for number, model in enumerate(models):
+        scorer = open_scorer(model, batch_size)
+        judged = [preference.judge(scorer, source) for source in sources]
+        results[model] = {row.source: preference.figures(row) for row in judged}
+        say(preference.table({model: results[model]}))
+        if output and is_main_process():
+            Path(output).mkdir(parents=True, exist_ok=True)
+            preference.plot(Path(output) / f'preferences{f"-{number + 1}" if len(models) > 1 else ""}.png', model, judged)
+    if output and is_main_process():
+        write_atomically(Path(output) / 'preferences.json', json.dumps(results, indent=2) + '\n')
+    return results
+
+
+def score_file(model: str, dialogs: str, output: str, batch_size: int) -> None:
+    """Scores the last answers of a file of dialogs; results are written as they come, in order.
+
+    A line is {"id", "score", "probability"}: the linear score, shifted as the model's config.json says, and its sigmoid. The same
+    call again goes on where the last one stopped.
+
+    Raises:
+      UserError: a row that is no answered dialog (all are looked at first), or an output of another model or other dialogs.
+    """
+    scorer = open_scorer(model, batch_size)
+    source = as_source(dialogs)
+    names = [record.fields.get('id', index) for index, record in enumerate(read_records(source))]
+    rows, texts = [], []
+    for where, dialog in read_dialogs(source):
+        if not dialog:
+            raise UserError(f'{where}: there is no answer to score.')
+        ids, _ = encode_dialog(dialog, scorer.tokenizer, where)
+        if len(ids) > scorer.config.context:
+            raise UserError(f'{where}: the dialog has {len(ids)} tokens, beyond the context of {scorer.config.context}.')
+        rows.append(ids)
+        texts.append((dialog, where))
+    path = Path(output)
+    stamp = json.dumps({'model': os.path.abspath(model), 'dialogs': fingerprint(texts)})
+    done = resume(path, stamp, names)
+    if done:
+        say(f'{output}: {done} of {len(rows)} are there already.')
+    bar = tqdm(total=len(rows), initial=done, unit='answer', dynamic_ncols=True, disable=not is_main_process())
+    with bar, no_space_is_said(path), path.open('a', encoding='utf-8') as file:
+        for start in range(done, len(rows), CHUNK * batch_size):
+            scores = scorer.score(rows[start : start + CHUNK * batch_size])
+            for name, score, probability in zip(
+                names[start:], scores.tolist(), preference.sigmoid(scores).tolist(), strict=False
+            ):
+                line = {'id': name, 'score': score, 'probability': probability}
+                if is_main_process():
+                    file.write(json.dumps(line, ensure_ascii=False) + '\n')
+            file.flush()
+            bar.update(len(scores))
