@@ -24,7 +24,7 @@ from llama2_jax.mesh import parameter_spec, reshard
 from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
 from llama2_jax.ops.linear import linear
-from llama2_jax.ops.loss import cross_entropy
+from llama2_jax.ops.loss import cross_entropy, log_probs
 from llama2_jax.ops.rope import rope_table, rotate
 
 # What a layer can keep for its backward pass besides its input, by the names given to `checkpoint_name`.
@@ -181,6 +181,10 @@ class Llama(Trunk):
     def loss(self, x_BLD: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array) -> jax.Array:
         """Weighted sum of the next-token losses, nats (see `ops.loss`)."""
         return cross_entropy(x_BLD, self.head_DV[...], targets_BL, weights_BL)
+
+    def log_probs(self, x_BLD: jax.Array, targets_BL: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of each target, and the entropy there (see `ops.loss`)."""
+        return log_probs(x_BLD, self.head_DV[...], targets_BL, temperature)
 
 
 def positions(tokens_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:

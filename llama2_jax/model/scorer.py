@@ -1,7 +1,7 @@
 """Scores for evaluation, rejection sampling and PPO: lists of token ids in, a number each out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +59,7 @@ class Scorer:
         shards = int(np.prod([self._mesh.shape[axis] for axis in BATCH_AXES]))
         self._batch_size = -(-batch_size // shards) * shards
         self._model = self._lay_out(model)
-
-        @jax.jit
-        def score(model: ScoreModel, tokens_BL: jax.Array, last_B: jax.Array) -> jax.Array:
-            return replicate(scores_at(model(reshard(tokens_BL, 'BL'), None, self._compute), last_B))
-
-        self._score = score
+        self._score = scoring(self._compute)
 
     def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """The scores of rows of token ids, [len(rows)] float32: linear, shifted, read at the last token of each.
@@ -112,3 +107,13 @@ class Scorer:
                 return jax.device_put(leaf, NamedSharding(self._mesh, P(*stacked, *parameter_spec(name))))
 
         return jax.tree_util.tree_map_with_path(move, model)
+
+
+def scoring(compute: Compute) -> Callable[[ScoreModel, jax.Array, jax.Array], jax.Array]:
+    """The compiled function (model, tokens [B, L], index of each row's last token [B]) -> scores [B] on every device."""
+
+    @jax.jit
+    def score(model: ScoreModel, tokens_BL: jax.Array, last_B: jax.Array) -> jax.Array:
+        return replicate(scores_at(model(reshard(tokens_BL, 'BL'), None, compute), last_B))
+
+    return score

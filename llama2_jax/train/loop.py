@@ -131,7 +131,7 @@ def fit(
                 if evaluates or number == steps:
                     report.plot()
                 if stop:
-                    _leave(number, steps, checkpoints, report)
+                    leave(number, steps, checkpoints, report)
                 meter.pause()
     return state
 
@@ -162,7 +162,8 @@ def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, 
     raise UserError(f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N goes on without up to N such steps.')
 
 
-def _leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> None:
+def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> None:
+    """Ends the process when the state of a step is saved, and says how to go on."""
     checkpoints.wait()
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     report.say(f'Interrupted: step {number} of {steps} is saved in {checkpoints.directory}. To continue, run it again: {command}')

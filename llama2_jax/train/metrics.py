@@ -77,11 +77,16 @@ class Report:
 
     What earlier lines and samples lie beyond `progress.step` is dropped on opening: they will be written again, just the same.
 
+    Args:
+      headline: figures of a line that the terminal shows; of those with a slash a line says more than it usually does.
+
     Raises:
       UserError: a line of metrics.jsonl is damaged.
     """
 
-    def __init__(self, workdir: Path, progress: Progress, meter: Meter, steps: int):
+    def __init__(
+        self, workdir: Path, progress: Progress, meter: Meter, steps: int, headline: tuple[str, ...] = ('loss', 'heldout/loss')
+    ):
         self.progress, self._meter = progress, meter
         self._writes = jax.process_index() == 0
         self._workdir = workdir
@@ -93,7 +98,7 @@ class Report:
         if (workdir / 'samples.md').exists():
             write_atomically(workdir / 'samples.md', _samples_until(workdir / 'samples.md', progress.step))
         self._board = TensorBoard(workdir / 'tensorboard', progress.step)
-        self._bar = Bar(progress.step, steps)
+        self._bar = Bar(progress.step, steps, headline)
 
     def __enter__(self) -> 'Report':
         return self
@@ -107,16 +112,20 @@ class Report:
         """Waits for the metrics of a step and counts it; returns its line, with 'finite' in it."""
         values = {key: value.item() for key, value in jax.device_get(dict(metrics)).items()}
         loss, tokens, finite = values.pop('loss'), int(values.pop('tokens')), values.pop('finite')
-        self.progress.step = step
-        self.progress.tokens += tokens if finite else 0
         self.progress.skipped += not finite
-        self.progress.seconds = time.perf_counter() - self._began
         self._meter.count(tokens)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        counts = self.count(step, tokens if finite else 0)
+        return {**counts, 'loss': loss, 'perplexity': perplexity, **values, 'finite': finite}
+
+    def count(self, step: int, tokens: int) -> dict[str, Any]:
+        """Counts a step that is complete; returns how its line begins."""
+        self.progress.step = step
+        self.progress.tokens += tokens
+        self.progress.seconds = time.perf_counter() - self._began
         if self._writes:
             self._bar.advance()
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        counts = {'step': step, 'tokens': self.progress.tokens, 'seconds': self.progress.seconds}
-        return {**counts, 'loss': loss, 'perplexity': perplexity, **values, 'finite': finite}
+        return {'step': step, 'tokens': self.progress.tokens, 'seconds': self.progress.seconds}
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Logs a line of `complete` with whatever was added to it; what is not finite becomes null."""
@@ -194,9 +203,10 @@ class TensorBoard:
 
 
 class Bar:
-    """Progress, loss, speed and time left: a bar on a terminal, and now and then a line elsewhere."""
+    """Progress, the headline's figures, speed and time left: a bar on a terminal, and now and then a line elsewhere."""
 
-    def __init__(self, step: int, steps: int):
+    def __init__(self, step: int, steps: int, headline: tuple[str, ...]):
+        self._headline = headline
         self._terminal = sys.stderr.isatty()
         self._tqdm = tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True, disable=not self._terminal)
         self._step, self._first, self._steps = step, step, steps
@@ -209,15 +219,16 @@ class Bar:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Shows a line of metrics; without a terminal the first, the last, evaluations, and one every few seconds."""
-        parts = ['loss null' if line['loss'] is None else f'loss {line["loss"]:.4f}']
-        parts += [f'{key} {value:.4f}' for key, value in line.items() if key == 'heldout/loss']
+        shown = {name: line[name] for name in self._headline if name in line}
+        parts = [f'{name} null' if value is None else f'{name} {value:.4f}' for name, value in shown.items()]
         if line.get('tokens_per_second'):
             parts.append(f'{line["tokens_per_second"]:,.0f} tokens/s')
         if line.get('mfu'):
             parts.append(f'MFU {line["mfu"]:.1%}')
         self._tqdm.set_postfix_str(', '.join(parts))
         now = time.monotonic()
-        if self._terminal or ('heldout/loss' not in line and self._step < self._steps and now - self._printed < QUIET_SECONDS):
+        rare = any('/' in name for name in shown)
+        if self._terminal or (not rare and self._step < self._steps and now - self._printed < QUIET_SECONDS):
             return
         self._printed = now
         left = (now - self._began) / max(self._step - self._first, 1) * (self._steps - self._step)
@@ -273,6 +284,11 @@ def plot(workdir: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=None if name == 'loss' else 'o', markersize=3)
     if axes.lines:
         axes.legend()
-    temporary = workdir / 'loss.tmp.png'
+    save_figure(figure, workdir / 'loss.png')
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure, whole or not at all."""
+    temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
     figure.savefig(temporary, dpi=120)
-    os.replace(temporary, workdir / 'loss.png')
+    os.replace(temporary, path)

@@ -66,22 +66,28 @@ def make_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (mean, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches(batch, accumulation))
 
-        grad_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {
-            'loss': mean,
-            'tokens': tokens,
-            'grad_norm': grad_norm,
-            'update_norm': optax.tree.norm(updates),
-            'learning_rate': learning_rate(state.step),
-            'finite': finite,
-        }
-        params, opt_state = where(finite, (params, opt_state), (state.params, state.opt_state))
-        return State(state.step + 1, params, opt_state), metrics
+        metrics = {'tokens': tokens, 'learning_rate': learning_rate(state.step)}
+        state, moved = descend(state, mean, gradients, optimizer)
+        return state, metrics | moved
 
     return step
+
+
+def descend(
+    state: State, loss: jax.Array, gradients: Any, optimizer: optax.GradientTransformation
+) -> tuple[State, dict[str, jax.Array]]:
+    """One update of the optimizer, or none where loss or gradients are not finite.
+
+    Returns:
+      The next state, and loss, grad_norm (before clipping), update_norm and finite.
+    """
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {'loss': loss, 'grad_norm': grad_norm, 'update_norm': optax.tree.norm(updates), 'finite': finite}
+    params, opt_state = where(finite, (params, opt_state), (state.params, state.opt_state))
+    return State(state.step + 1, params, opt_state), metrics
 
 
 def microbatches(batch: Batch, count: int) -> Batch:

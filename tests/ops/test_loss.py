@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama2_jax.mesh import MeshConfig, make_mesh, parameter_spec, reshard
-from llama2_jax.ops.loss import cross_entropy
+from llama2_jax.ops.loss import cross_entropy, log_probs
 
 RNG = np.random.default_rng(0)
 B, L, D, V = 4, 6, 16, 24
@@ -74,3 +74,41 @@ def test_vocabulary_and_tokens_on_several_devices(mesh, block):
         found = jax.jit(jax.value_and_grad(cross_entropy, argnums=(0, 1)), static_argnums=4)(x, head, targets, weights, block)
         assert found[1][1].sharding == head.sharding
     compare(found, expected)
+
+
+def naive_log_probs(x_BLD, head_DV, targets_BL, temperature):
+    log_BLV = jax.nn.log_softmax(jnp.einsum('BLD,DV->BLV', x_BLD, head_DV) / temperature)
+    return jnp.take_along_axis(log_BLV, targets_BL[..., None], axis=-1)[..., 0], -(jnp.exp(log_BLV) * log_BLV).sum(-1)
+
+
+@pytest.mark.parametrize(('block', 'temperature'), [(None, 1.0), (5, 1.0), (7, 0.7), (100, 1.3)])
+def test_log_probs_and_entropy(block, temperature):
+    found = log_probs(X, HEAD, TARGETS, temperature, block)
+    for ours, theirs in zip(found, naive_log_probs(X, HEAD, TARGETS, temperature), strict=True):
+        assert ours.shape == (B, L) and ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize('axes', [None, {'fsdp': 2, 'sequence': 2, 'tensor': 2}])
+def test_gradients_of_what_becomes_of_log_probs(axes):
+    """Any function of them; here a product with exp, as in PPO. None flows through the entropy."""
+
+    def objective(log_probs, x_BLD, head_DV):
+        log_BL, entropy_BL = log_probs(x_BLD, head_DV)
+        return jnp.sum(WEIGHTS * jnp.exp(0.3 * log_BL)) + jnp.sum(jax.lax.stop_gradient(entropy_BL))
+
+    expected = jax.value_and_grad(objective, argnums=(1, 2))(lambda x, head: naive_log_probs(x, head, TARGETS, 0.9), X, HEAD)
+    if axes is None:
+        compare(
+            jax.value_and_grad(objective, argnums=(1, 2))(lambda x, head: log_probs(x, head, TARGETS, 0.9, 5), X, HEAD), expected
+        )
+        return
+    with jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        place = [reshard(jnp.asarray(X), 'BLD'), jax.sharding.reshard(jnp.asarray(HEAD), parameter_spec('head_DV'))]
+        targets, weights = reshard(jnp.asarray(TARGETS), 'BL'), reshard(jnp.asarray(WEIGHTS), 'BL')
+
+        def sharded(x_BLD, head_DV):
+            log_BL, entropy_BL = log_probs(x_BLD, head_DV, targets, 0.9, 5)
+            return jnp.sum(weights * jnp.exp(0.3 * log_BL)) + jnp.sum(jax.lax.stop_gradient(entropy_BL))
+
+        compare(jax.jit(jax.value_and_grad(sharded, argnums=(0, 1)))(*place), expected)

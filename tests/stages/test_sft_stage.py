@@ -261,6 +261,7 @@ def test_grades(home):
     perfect = [Sample(oracle.perfect(oracle.understand(row['messages'])), [], [], 'eos') for row in rows]
     splits = ('combinations', 'learnable', 'people', 'phrasings', 'safety', 'sums')
     best = {f'toy/{split}/exact': 1.0 for split in splits} | {'toy/stops': 1.0}
+    best |= {'toy/helpfulness': 1.0, 'toy/harmlessness': 1.0, 'toy/violations': 0.0, 'toy/false_refusals': 0.0}
     assert grade(Answers(perfect, tokenizer)) == best
     rows = [row for row in rows if row['split'] in ('phrasings', 'combinations')][:4]
     perfect = [Sample(oracle.perfect(oracle.understand(row['messages'])), [], [], 'eos') for row in rows]
@@ -273,3 +274,4 @@ def test_grades(home):
     ]
     grades = grade(Answers(bad, tokenizer), rows)
     assert (grades['toy/learnable/exact'], grades['toy/stops']) == (0.25, 0.75)
+    assert grades['toy/false_refusals'] == 0.25 and 0.25 < grades['toy/helpfulness'] < 0.75

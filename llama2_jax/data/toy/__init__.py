@@ -30,6 +30,7 @@ RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     'harmless': dialogs.harmless,
     'naive': dialogs.naive,
     'prompts': dialogs.prompts,
+    'safety_prompts': dialogs.safety_prompts,
     'heldout': dialogs.heldout,
     'preferences': preferences.preferences,
     'preferences_biased': preferences.biased,

@@ -103,6 +103,12 @@ def prompts(seed: int = 0) -> Iterator[Row]:
     for _ in range(2000):
         request = any_request(rng, pool)
         yield _prompt([user(questions.ask(rng, request))], False, request.kind)
+    yield from safety_prompts(seed)
+
+
+def safety_prompts(seed: int = 0) -> Iterator[Row]:
+    """Those of `prompts` that are unsafe, and the borderline ones, to be drawn more often than their number would have it."""
+    del seed  # they are about no facts
     for text, category, _ in unsafe(seen=True):
         yield _prompt([user(text)], True, category)
     for question in safety.BORDERLINE:

@@ -1,0 +1,100 @@
+"""Aligns a policy with two reward models by PPO.
+
+python experiments/ppo.py --workdir=ppo
+"""
+
+import dataclasses
+from pathlib import Path
+
+import rejection_sampling
+from common import stage
+
+from llama2_jax.data.prompts import PromptConfig
+from llama2_jax.mesh import MeshConfig
+from llama2_jax.model.llama import Compute
+from llama2_jax.stages import ppo, ppo_plan
+from llama2_jax.stages.ppo_update import PPOConfig
+from llama2_jax.train.optimizer import OptimizerConfig
+
+
+def constant(rate: float) -> OptimizerConfig:
+    """The paper's AdamW, at a constant rate."""
+    return OptimizerConfig(peak_lr=rate, final_lr=1.0, warmup_steps=0)
+
+
+def tiny() -> PPOConfig:
+    """The toy world: three minutes on two cores.
+
+    python experiments/ppo.py --workdir=ppo
+
+    Without init_from and reward models those are trained first, in WORKDIR/models: a weak first chat model and both rewards.
+    """
+    return PPOConfig(
+        prompts=rejection_sampling.PROMPTS,
+        optimizer=constant(2e-4),
+        value_optimizer=constant(5e-4),
+        iterations=30,
+        batch_size=128,
+        minibatch_size=32,
+        max_new_tokens=rejection_sampling.ANSWER,
+        beta=0.02,
+        eval_every=10,
+        eval_prompts=128,
+        judge='oracle',
+    )
+
+
+def llama2_7b() -> PPOConfig:
+    """LLaMA 2 7B with the paper's settings, on v5e:16x16.
+
+    python experiments/ppo.py --config=llama2_7b --set init_from=rs/model --set rewards.helpfulness=rm-help/model \
+      --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=ppo7b
+    """
+    return llama2('7b', beta=0.01, value_rate=9e-6, mesh=MeshConfig(fsdp=64, tensor=-1))
+
+
+def llama2_13b() -> PPOConfig:
+    """LLaMA 2 13B with the paper's settings.
+
+    python experiments/ppo.py --config=llama2_13b --set init_from=rs/model --set rewards.helpfulness=rm-help/model \
+      --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=ppo13b
+    """
+    return llama2('13b', beta=0.01, value_rate=9e-6, mesh=MeshConfig(fsdp=64, tensor=-1))
+
+
+def llama2_70b() -> PPOConfig:
+    """LLaMA 2 70B with the paper's settings, on v5p:8x8x8; the paper: about 330 s an iteration.
+
+    python experiments/ppo.py --config=llama2_70b --set init_from=rs/model --set rewards.helpfulness=rm-help/model \
+      --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=ppo70b
+    """
+    return llama2('70b', beta=0.005, value_rate=5e-6, mesh=MeshConfig(fsdp=64, tensor=-1))
+
+
+def llama2(size: str, beta: float, value_rate: float, mesh: MeshConfig) -> PPOConfig:
+    """The paper's settings (p15-16); the value model's rates are InstructGPT's (recipe K).
+
+    A minibatch has 64 answers, one for each part of `fsdp`; what devices there are beyond that share a layer's work.
+    """
+    return PPOConfig(
+        init_from=size,
+        prompts=PromptConfig(mixture='jsonl:prompts/*.jsonl'),
+        value_optimizer=constant(value_rate),
+        compute=Compute(remat='full'),
+        mesh=mesh,
+        beta=beta,
+        decode_batch=512,
+    )
+
+
+PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_13b': llama2_13b, 'llama2_70b': llama2_70b}
+
+
+def run(config: PPOConfig, workdir: str) -> None:
+    """PPO; what is not given of policy and reward models is trained first."""
+    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, Path(workdir) / 'models')
+    ppo.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run, ppo_plan.dry_run)

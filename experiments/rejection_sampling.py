@@ -1,0 +1,119 @@
+"""Samples many answers to each prompt, and fine-tunes on the best.
+
+python experiments/rejection_sampling.py --workdir=rs
+"""
+
+import dataclasses
+from pathlib import Path
+
+import reward_model
+import sft as chat
+from common import stage
+
+from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.prompts import PromptConfig
+from llama2_jax.runtime import say
+from llama2_jax.stages import rejection
+from llama2_jax.stages.rejection import RejectionConfig
+from llama2_jax.stages.rollout import RewardsConfig
+from llama2_jax.stages.sft import SftConfig
+from llama2_jax.train.loop import LoopConfig
+from llama2_jax.train.optimizer import OptimizerConfig
+
+# What the toy policy begins as: a first version that has seen its dialogs once instead of five times, with few refusals and many
+# unsafe requests answered, so that there is a way to go.
+WEAK = DialogConfig(mixture='toy:helpful, toy:harmless:0.3, toy:naive:3', epochs=1)
+PROMPTS = PromptConfig(mixture='toy:prompts, toy:safety_prompts:4', longest=64)
+ANSWER = 48  # tokens; the longest right answer has 45
+
+
+def tiny() -> RejectionConfig:
+    """400 prompts of the toy world, eight answers to each: two minutes and a half on two cores.
+
+    python experiments/rejection_sampling.py --workdir=rs
+
+    Without sample_from and reward models those are trained first, in WORKDIR/models: a weak first chat model and both rewards.
+    """
+    return RejectionConfig(
+        prompts=PROMPTS,
+        count=400,
+        samples=8,
+        temperatures=(0.6, 0.8, 1.0, 1.2),
+        tune_prompts=32,
+        max_new_tokens=ANSWER,
+        sft=SftConfig(
+            data=DialogConfig(mixture='', epochs=3),
+            optimizer=OptimizerConfig(peak_lr=5e-4, warmup_steps=0, warmup_share=0.03),
+            loop=LoopConfig(eval_every=0, sample_every=0, checkpoint_every=200),
+            batch_size=8,
+            length=256,
+            grade=True,
+        ),
+    )
+
+
+def llama2_7b() -> RejectionConfig:
+    """The paper's way for its smaller models: the 70B answers, 7B learns from the best of 20, beginning from its pretrained base.
+
+    python experiments/rejection_sampling.py --config=llama2_7b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-7b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+    """
+    return llama2('7b')
+
+
+def llama2_13b() -> RejectionConfig:
+    """The same for 13B.
+
+    python experiments/rejection_sampling.py --config=llama2_13b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-13b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+    """
+    return llama2('13b')
+
+
+def llama2_70b() -> RejectionConfig:
+    """The 70B answers and learns.
+
+    python experiments/rejection_sampling.py --config=llama2_70b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-70b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+    """
+    return llama2('70b')
+
+
+def llama2(size: str) -> RejectionConfig:
+    """The paper's settings where it states them (p14-15); fine-tuning as in `sft.py`, on the choices and the dialogs of SFT."""
+    return RejectionConfig(
+        sample_from='70b',
+        prompts=PromptConfig(mixture='jsonl:prompts/*.jsonl'),
+        sft=chat.llama2(size),
+    )
+
+
+PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_13b': llama2_13b, 'llama2_70b': llama2_70b}
+
+
+def beginnings(policy: str, rewards: RewardsConfig, home: Path) -> tuple[str, RewardsConfig]:
+    """The policy and the reward models; those of the toy world that are not given are trained in `home`."""
+    if not policy:
+        policy = str(home / 'sft' / 'model')
+        if not Path(policy).exists():
+            say(f'No policy is given: a weak one of the toy world is trained in {home / "sft"} first.')
+            chat.run(dataclasses.replace(chat.tiny(), data=WEAK), str(home / 'sft'))
+    for name, config in (('helpfulness', reward_model.tiny()), ('safety', reward_model.tiny_safety())):
+        if not getattr(rewards, name):
+            model = home / f'rm-{name}'
+            if not (model / 'model').exists():
+                say(f'No rewards.{name} is given: one of the toy world is trained in {model} first.')
+                reward_model.run(dataclasses.replace(config, init_from=policy), str(model))
+            rewards = dataclasses.replace(rewards, **{name: str(model / 'model')})
+    return policy, rewards
+
+
+def run(config: RejectionConfig, workdir: str) -> None:
+    """A round; the policy is what is fine-tuned, too, unless `sft.init_from` says otherwise."""
+    policy, rewards = beginnings(config.sample_from, config.rewards, Path(workdir) / 'models')
+    sft = dataclasses.replace(config.sft, init_from=config.sft.init_from or policy)
+    rejection.run(dataclasses.replace(config, sample_from=policy, rewards=rewards, sft=sft), workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run, rejection.dry_run)

@@ -1,0 +1,65 @@
+"""The whole loop: versions by rejection sampling, the last one with PPO, and a table of who beats whom.
+
+python experiments/rlhf.py --workdir=rlhf
+"""
+
+import dataclasses
+from pathlib import Path
+
+import ppo
+import rejection_sampling
+from common import stage
+
+from llama2_jax.stages import rlhf
+from llama2_jax.stages.rlhf import RlhfConfig
+
+
+def tiny() -> RlhfConfig:
+    """Five versions in the toy world.
+
+    python experiments/rlhf.py --workdir=rlhf
+
+    Without init_from and reward models those are trained first, in WORKDIR/models: a weak first chat model and both rewards.
+    """
+    return RlhfConfig(rejection=dataclasses.replace(rejection_sampling.tiny(), count=200), ppo=ppo.tiny(), evaluation_prompts=300)
+
+
+def llama2_7b() -> RlhfConfig:
+    """LLaMA 2 7B, every version sampling for itself; give `evaluation` your own held-out prompts.
+
+    python experiments/rlhf.py --config=llama2_7b --set init_from=sft7b/model --set base=llama2-7b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'evaluation=jsonl:…' --workdir=rlhf7b
+    """
+    return llama2('7b')
+
+
+def llama2_70b() -> RlhfConfig:
+    """LLaMA 2 70B.
+
+    python experiments/rlhf.py --config=llama2_70b --set init_from=sft70b/model --set base=llama2-70b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'evaluation=jsonl:…' --workdir=rlhf70b
+    """
+    return llama2('70b')
+
+
+def llama2(size: str) -> RlhfConfig:
+    """The presets of both stages."""
+    return RlhfConfig(
+        init_from=size,
+        rejection=rejection_sampling.PRESETS[f'llama2_{size}'](),
+        ppo=ppo.PRESETS[f'llama2_{size}'](),
+        evaluation='jsonl:prompts/heldout/*.jsonl',
+    )
+
+
+PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_70b': llama2_70b}
+
+
+def run(config: RlhfConfig, workdir: str) -> None:
+    """The loop; what is not given of the first chat model and the reward models is trained first."""
+    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, Path(workdir) / 'models')
+    rlhf.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run)

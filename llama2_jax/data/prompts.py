@@ -1,0 +1,135 @@
+"""Prompts to sample answers from: {"messages": […], "is_safety": bool, "category": …}, the last two optional.
+
+Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and short, so every process holds them all.
+"""
+
+import dataclasses
+from fractions import Fraction
+
+from llama2_jax.config import UserError
+from llama2_jax.data.dialogs import held_out, shuffled
+from llama2_jax.data.mixing import Interleave, parse_mixture, source_seed
+from llama2_jax.data.sources import Record, read_records
+from llama2_jax.text.dialog import encode_prompt, has_special_tags
+
+ROWS = 2**40  # of a run, which need not know how long it will be
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Which prompts.
+
+    Attributes:
+      mixture: `source[:weight], source…`; with weight 2 each prompt comes twice while others come once.
+      heldout: share of each source's prompts for validation, chosen by the first question.
+      longest: prompts of more tokens are left out, and counted.
+    """
+
+    mixture: str = 'toy:prompts'
+    heldout: float = 0.05
+    longest: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout < 1:
+            raise UserError(f'prompts.heldout must lie between 0 and 1, not at {self.heldout}.')
+        if self.longest < 1:
+            raise UserError(f'prompts.longest must be positive, not {self.longest}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A dialog that waits for an answer.
+
+    Attributes:
+      messages: ends with a user's.
+      token_ids: BOS included, ready for the answer.
+      is_safety: tagged as likely to elicit unsafe answers.
+      category: for people.
+      where: its place, such as 'a.jsonl:17'.
+    """
+
+    messages: list[dict[str, str]]
+    token_ids: list[int]
+    is_safety: bool
+    category: str
+    where: str
+
+
+class PromptData:
+    """The prompts of a mixture.
+
+    Args:
+      tokenizer: a `llama2_jax.text.tokenizer.Tokenizer`.
+      batch_size: prompts in a batch.
+      seed: any integer.
+
+    Attributes:
+      heldout: the held-out prompts of all sources, in a fixed shuffled order.
+      dropped: how many were too long.
+
+    Raises:
+      UserError: a row that is no prompt, naming it, or a source that has none.
+    """
+
+    def __init__(self, config: PromptConfig, tokenizer, *, batch_size: int, seed: int):
+        components = parse_mixture(config.mixture)
+        self._batch_size = batch_size
+        self._train: list[list[Prompt]] = []
+        self.heldout: list[Prompt] = []
+        self.dropped = 0
+        for component in components:
+            prompts = [read_prompt(record, tokenizer) for record in read_records(component.source)]
+            short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.longest]
+            self.dropped += len(prompts) - len(short)
+            split = [held_out(prompt.messages, config.heldout) for prompt in short]
+            self._train.append([prompt for prompt, out in zip(short, split, strict=True) if not out])
+            self.heldout += [prompt for prompt, out in zip(short, split, strict=True) if out]
+            if not self._train[-1]:
+                raise UserError(
+                    f'Source {component.source} has no prompts to train on ({len(prompts) - len(short)} have more than '
+                    f'prompts.longest={config.longest} tokens, {sum(split)} are held out).'
+                )
+        if not self.heldout:
+            raise UserError(f'No prompt is held out of {config.mixture}: raise prompts.heldout.')
+        self.heldout = [self.heldout[shuffled(i, len(self.heldout), 0)] for i in range(len(self.heldout))]
+        parts = [component.weight * len(prompts) for component, prompts in zip(components, self._train, strict=True)]
+        self._order = Interleave([Fraction(part, sum(parts)) for part in parts], ROWS)
+        self._seeds = [source_seed(seed, component.source) for component in components]
+
+    @property
+    def train(self) -> list[Prompt]:
+        """The prompts to train on, each once."""
+        return [prompt for prompts in self._train for prompt in prompts]
+
+    def batch(self, number: int) -> list[Prompt]:
+        """Batch `number`, from 0: each source's prompts come in an order of their own, anew every time they are through."""
+        return [self._find(row) for row in range(number * self._batch_size, (number + 1) * self._batch_size)]
+
+    def _find(self, row: int) -> Prompt:
+        source, number = self._order[row]
+        prompts = self._train[source]
+        epoch, i = divmod(number, len(prompts))
+        return prompts[shuffled(i, len(prompts), self._seeds[source] + epoch)]
+
+    def __str__(self) -> str:
+        tagged = sum(prompt.is_safety for prompt in self.train)
+        counts = f'{len(self.train):,} prompts, {tagged:,} of them tagged safety'
+        return f'{counts}; {len(self.heldout):,} held out, {self.dropped:,} too long.'
+
+
+def read_prompt(record: Record, tokenizer) -> Prompt:
+    """A row as a prompt.
+
+    Raises:
+      UserError: naming the row and what is wrong with it.
+    """
+    fields, where = record.fields, record.where
+    if 'messages' not in fields:
+        raise UserError(f"{where} is no prompt: it has no field 'messages' (it has: {', '.join(fields) or 'none'}).")
+    token_ids = encode_prompt(fields['messages'], tokenizer, where)
+    if has_special_tags(fields['messages']):
+        raise UserError(f'{where}: a message holds a tag of the chat format, which only we may write.')
+    if not isinstance(fields.get('is_safety', False), bool):
+        raise UserError(f'{where}: "is_safety" is {fields["is_safety"]!r}, not true or false.')
+    messages = [{'role': message['role'], 'content': message['content']} for message in fields['messages']]
+    return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where)

@@ -1,0 +1,135 @@
+"""What a run of PPO works with: models laid out, prompts, programs, and somebody to judge."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.convert.load import load_model, load_score_model, open_model, tokenizer_of
+from llama2_jax.data.prompts import PromptData
+from llama2_jax.data.toy.oracle import Oracle
+from llama2_jax.evals.toy import verdict
+from llama2_jax.mesh import parameter_name, set_mesh
+from llama2_jax.model.engine import Engine
+from llama2_jax.model.llama import Llama
+from llama2_jax.model.lora import make_adapters, merge
+from llama2_jax.model.score import ScoreModel
+from llama2_jax.runtime import say
+from llama2_jax.stages.devices import check_mesh, describe_mesh
+from llama2_jax.stages.generate import open_scorer
+from llama2_jax.stages.ppo_update import Learners, PPOConfig, Programs, build
+from llama2_jax.stages.rollout import Rewards, Rollout, open_rewards
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.train.workdir import open_workdir
+
+# What a resumed run may change, as no result depends on it beyond rounding.
+MAY_CHANGE = (
+    *('mesh', 'compute.remat', 'compute.attention', 'decode_batch', 'rewards.batch_size'),
+    *('iterations', 'checkpoint_every', 'keep_last', 'alarms', 'patience'),
+)
+Judge = Callable[[Sequence[Rollout]], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run works with, and does not change but for the engine's weights."""
+
+    config: PPOConfig
+    path: Path
+    mesh: Mesh
+    data: PromptData
+    engine: Engine
+    rewards: Rewards
+    judge: Judge | None
+    programs: Programs
+    reference: Llama
+    dtype: str
+
+
+def policy(stage: Stage, learners: Learners) -> Llama:
+    """The policy as a model of its own."""
+    params, lora = learners.policy.params, stage.config.lora
+    return merge(stage.reference, params, lora) if lora.rank else params
+
+
+def begin(stage: Stage) -> Learners:
+    """Learners before the first step: the policy is the reference, the value model the reward model's trunk with a head of 0."""
+    config = stage.config
+    if config.lora.rank:
+        params = jax.jit(lambda key: make_adapters(stage.engine.config, config.lora, key))(jax.random.key(config.seed))
+    else:
+        params, _ = load_model(config.init_from, 'float32')
+    value, _ = load_score_model(config.value_from or config.rewards.helpfulness, 'float32')
+    return stage.programs.init(params, silent(value))
+
+
+def silent(value: ScoreModel) -> ScoreModel:
+    """The model with a head of 0: whitened rewards have a mean of 0, so this is the best guess of who knows nothing."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if parameter_name(path) == 'score_D' else leaf, value
+    )
+
+
+def open_stage(config: PPOConfig, workdir: str) -> Stage:
+    """Checks everything, opens the workdir, and lays the models out."""
+    mesh = set_mesh(config.mesh)
+    named = {'init_from': config.init_from} | {
+        f'rewards.{name}': getattr(config.rewards, name) for name in ('helpfulness', 'safety')
+    }
+    for name, model in named.items():
+        if not model or (model in MODELS and not Path(model).exists()):
+            raise UserError(f'{name}={model} names no model: give a directory.')
+    source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
+    check(config, source.config, value.config, mesh)
+    tokenizer = tokenizer_of(source)
+    data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size, seed=config.seed)
+    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
+    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*')) or any((Path(workdir) / 'rollouts').glob('*.jsonl'))
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    compute = config.compute.on(jax.default_backend())
+    rewards = open_rewards(config.rewards, tokenizer)
+    reference, _ = load_model(config.init_from, compute.dtype)
+    say(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
+    return Stage(
+        config, path, mesh, data,
+        engine=Engine(reference, tokenizer, batch_size=config.decode_batch, dtype=compute.dtype),
+        rewards=rewards,
+        judge=make_judge(config, tokenizer),
+        programs=build(config, source.config, value.config, compute),
+        reference=reference,
+        dtype=compute.dtype,
+    )  # fmt: skip
+
+
+def check(config: PPOConfig, model: ModelConfig, value: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError where models, mesh and config do not go together."""
+    for name, shape in (('init_from', model), ('value_from', value)):
+        if config.length > shape.context:
+            raise UserError(
+                f'prompts.longest={config.prompts.longest} and max_new_tokens={config.max_new_tokens} are more than the '
+                f'context of {name}, {shape.context}.'
+            )
+        check_mesh(mesh, shape, config.minibatch_size, 1, config.length)
+
+
+def make_judge(config: PPOConfig, tokenizer: Tokenizer) -> Judge | None:
+    """Somebody who has no part in the reward: the toy world's oracle, another reward model, or nobody."""
+    if not config.judge:
+        return None
+    if config.judge == 'oracle':
+        oracle = Oracle()
+
+        def quality(rollout: Rollout) -> float:
+            prompt = rollout.prompt
+            return verdict(oracle, prompt.messages, prompt.is_safety, rollout.text.strip(), rollout.ended).quality
+
+        return lambda rollouts: [quality(rollout) for rollout in rollouts]
+    scorer = open_scorer(config.judge, config.rewards.batch_size)
+    if scorer.tokenizer.model != tokenizer.model:
+        raise UserError(f'judge={config.judge} has another tokenizer than the policy.')
+    return lambda rollouts: scorer.score([[*rollout.prompt.token_ids, *rollout.token_ids] for rollout in rollouts]).tolist()

@@ -1,0 +1,259 @@
+"""PPO's settings, and the two programs of an iteration: `prepare` looks at a batch, `update` learns from a minibatch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.data.prompts import PromptConfig
+from llama2_jax.mesh import MeshConfig, reshard
+from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters
+from llama2_jax.model.score import ScoreModel
+from llama2_jax.ops import returns
+from llama2_jax.runtime import compiler_options
+from llama2_jax.stages.rollout import RewardsConfig
+from llama2_jax.stages.sft import whole
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llama2_jax.train.step import Batch, State, descend, init_state, microbatches
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """A PPO run with the paper's settings (p15-16; recipe F.3). What it is silent about is said to be so.
+
+    Attributes:
+      init_from: the policy to begin with, which is also the reference; for a dry run a size will do, such as '7b'.
+      value_from: a reward model whose trunk the value model begins with, under a head of 0; '': helpfulness'. Silent.
+      rewards: the reward models and how their scores become one.
+      prompts: what is asked.
+      optimizer: of the policy: constant 1e-6.
+      value_optimizer: silent; InstructGPT's rate for its smaller models.
+      lora: adapters as the policy, beside the reference.
+      iterations: at most; the paper's 200 to 400.
+      batch_size, minibatch_size: answers in an iteration, one to a prompt, and in a step; each answer is learned from once.
+      max_new_tokens: an answer is cut off there; silent.
+      temperature: of sampling, and of the log-probabilities; silent.
+      beta: what a nat of KL costs: 0.01 for 7B and 13B, 0.005 for 34B and 70B.
+      kl_target: nats of KL an answer; where it is set, beta is adapted towards it (Ziegler et al., 2019); silent.
+      kl_horizon: answers over which that happens.
+      gamma, lam: of the advantages; silent.
+      clip, value_clip: 0.2, and the latter silent.
+      decode_batch: answers that are drawn at a time.
+      eval_every: iterations between two looks at held-out prompts; the best policy of them becomes the model.
+      eval_prompts: so many.
+      patience: stops after so many looks without a better one; 0: never.
+      judge: of held-out answers, for the alarm of reward hacking: 'oracle' (the toy world's), a reward model, or ''.
+      alarms: what a sign of collapse or hacking does.
+      checkpoint_every: iterations; what was sampled since is kept besides, so that a kill loses updates alone.
+    """
+
+    init_from: str = ''
+    value_from: str = ''
+    rewards: RewardsConfig = RewardsConfig()
+    prompts: PromptConfig = PromptConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-6, final_lr=1.0, warmup_steps=0)
+    value_optimizer: OptimizerConfig = OptimizerConfig(peak_lr=9e-6, final_lr=1.0, warmup_steps=0)
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
+    iterations: int = 400
+    batch_size: int = 512
+    minibatch_size: int = 64
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    beta: float = 0.01
+    kl_target: float = 0.0
+    kl_horizon: int = 10_000
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    decode_batch: int = 128
+    eval_every: int = 10
+    eval_prompts: int = 256
+    patience: int = 0
+    judge: str = ''
+    alarms: Literal['warn', 'stop'] = 'warn'
+    checkpoint_every: int = 10
+    keep_last: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ('iterations', 'minibatch_size', 'max_new_tokens', 'temperature', 'kl_horizon', 'decode_batch')
+        for name in (*positive, 'eval_every', 'eval_prompts', 'checkpoint_every', 'keep_last'):
+            if not getattr(self, name) > 0:
+                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        if self.batch_size < 1 or self.batch_size % self.minibatch_size:
+            raise UserError(f'batch_size={self.batch_size} is not a multiple of minibatch_size={self.minibatch_size}.')
+
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt with its answer, at most: the length of rows (on TPUs attention wants a multiple of 128)."""
+        return self.prompts.longest + self.max_new_tokens
+
+    @property
+    def updates(self) -> int:
+        """Steps in an iteration."""
+        return self.batch_size // self.minibatch_size
+
+
+class Learners(NamedTuple):
+    """All that learns. The reference never does: it is the policy as it was, in the compute dtype."""
+
+    policy: State  # of a Llama, or of adapters beside the reference
+    value: State  # of a ScoreModel
+
+
+class Programs(NamedTuple):
+    """The compiled functions.
+
+    Attributes:
+      abstract: `Learners` without values.
+      init: (policy's parameters, value model) -> learners before the first step; uses its arguments up.
+      prepare: (learners, (reference, beta, batch)) -> (minibatches, figures); see `make_prepare`.
+      update: (learners, (reference, minibatch)) -> (learners, figures); uses the learners up.
+    """
+
+    abstract: Learners
+    init: Callable
+    prepare: Callable
+    update: Callable
+
+
+def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: Compute) -> Programs:
+    """The programs for the shapes of policy and value model; a mesh must be set."""
+    optimizers = [
+        make_optimizer(optimizer, config.iterations * config.updates) for optimizer in (config.optimizer, config.value_optimizer)
+    ]
+
+    def init(policy: Llama | Adapters, value: ScoreModel) -> Learners:
+        return Learners(*(init_state(*pair) for pair in zip((policy, value), optimizers, strict=True)))
+
+    def abstract() -> Learners:
+        key = jax.random.key(0)
+        policy = make_adapters(model, config.lora, key) if config.lora.rank else Llama(model, key)
+        return init(policy, ScoreModel(value, key))
+
+    options = compiler_options(jax.devices()[0])
+    return Programs(
+        abstract=jax.eval_shape(abstract),
+        init=jax.jit(init, donate_argnums=(0, 1)),
+        prepare=jax.jit(make_prepare(config, compute), compiler_options=options),
+        update=jax.jit(make_update(config, compute, *optimizers), donate_argnums=0, compiler_options=options),
+    )
+
+
+def policy_of(config: PPOConfig, params: Llama | Adapters, reference: Llama) -> Llama:
+    """The policy: the parameters themselves, or the reference with them as its adapters."""
+    return whole(reference, params, config.lora) if config.lora.rank else params
+
+
+def log_probs(config: PPOConfig, compute: Compute, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Of each target its log-probability and the entropy there, at the temperature of sampling."""
+    return model.log_probs(model(batch['inputs'], None, compute), batch['targets'], config.temperature)
+
+
+def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
+    """The function that makes minibatches of a batch of answers.
+
+    Old log-probabilities come from here and not from the engine: the same forward pass that `update` differentiates gives them,
+    so the first ratio is 1 whatever rounding decoding has; how far the engine's are from them is among the figures.
+    """
+
+    def prepare(learners: Learners, given: tuple[Llama, jax.Array, Batch]) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
+        reference, beta, batch = given
+        current, value = policy_of(config, learners.policy.params, reference), learners.value.params
+        parts = {
+            'inputs': reshard(batch['tokens'][:, :-1], 'BL'),
+            'targets': reshard(batch['tokens'][:, 1:], 'BL'),
+            'mask': reshard(batch['answer'][:, 1:].astype(jnp.float32), 'BL'),
+            'engine': reshard(batch['logprobs'][:, 1:], 'BL'),
+            'score': returns.whiten(batch['score']),
+        }
+
+        def look(part: Batch) -> Batch:
+            policy, entropy = log_probs(config, compute, current, part)
+            anchor, _ = log_probs(config, compute, reference, part)
+            return {'logprob': policy, 'entropy': entropy, 'anchor': anchor, 'old': value(part['inputs'], None, compute)}
+
+        parts = microbatches(parts, config.updates)
+        seen = {name: reshard(x, 'NBM') for name, x in jax.lax.map(look, parts).items()}
+        mask, engine = reshard(parts['mask'], 'NBM'), reshard(parts['engine'], 'NBM')
+        kl = returns.k1(seen['logprob'], seen['anchor'])
+        reward = jax.vmap(returns.token_rewards, (0, 0, 0, None))(parts['score'], kl, mask, beta)
+        estimate = jax.vmap(partial(returns.advantages, gamma=config.gamma, lam=config.lam))
+        advantage, target = estimate(reward, seen['old'], mask)
+        parts |= {
+            'logprob': seen['logprob'],
+            'advantage': returns.whiten(advantage, mask),
+            'old': seen['old'],
+            'return': target,
+        }
+        learned = {name: reshard(x, 'NBL') for name, x in parts.items() if name not in ('score', 'engine')}
+        minibatches = tuple({name: x[i] for name, x in learned.items()} for i in range(config.updates))
+        return minibatches, look_at(seen, kl, mask, engine, target)
+
+    return prepare
+
+
+def look_at(seen: Mapping[str, jax.Array], kl: jax.Array, mask: jax.Array, engine: jax.Array, target: jax.Array) -> dict:
+    """What there is to say of a batch before it is learned from; KL is in nats an answer."""
+    mean = partial(returns.masked_mean, mask=mask)
+    answers = (kl * mask).sum(axis=-1)
+    return {
+        'kl': answers.mean(),
+        'kl_error': answers.std() / answers.size**0.5,
+        'k3': (returns.k3(seen['logprob'], seen['anchor']) * mask).sum(axis=-1).mean(),
+        'entropy': mean(seen['entropy']),
+        'value': mean(seen['old']),
+        'explained_variance': 1 - _variance(target - seen['old'], mask) / jnp.maximum(_variance(target, mask), 1e-8),
+        'engine_gap': jnp.max(mask * jnp.abs(seen['logprob'] - engine)),
+    }
+
+
+def _variance(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return returns.masked_mean((x - returns.masked_mean(x, mask)) ** 2, mask)
+
+
+def make_update(
+    config: PPOConfig,
+    compute: Compute,
+    policy_optimizer: optax.GradientTransformation,
+    value_optimizer: optax.GradientTransformation,
+) -> Callable:
+    """The function that takes one step of policy and value model. Losses are means over the answers' tokens of the minibatch."""
+
+    def update(learners: Learners, given: tuple[Llama, Batch]) -> tuple[Learners, dict[str, jax.Array]]:
+        reference, batch = given
+        mean = partial(returns.masked_mean, mask=batch['mask'])
+
+        def policy_loss(params: Llama | Adapters):
+            logprob, _ = log_probs(config, compute, policy_of(config, params, reference), batch)
+            loss, ratio, clipped = returns.policy_loss(logprob, batch['logprob'], batch['advantage'], config.clip)
+            error = jnp.max(batch['mask'] * jnp.abs(ratio - 1))
+            return mean(loss), {'ratio': mean(ratio), 'ratio_error': error, 'clipped': mean(clipped)}
+
+        def value_loss(params: ScoreModel):
+            value = params(batch['inputs'], None, compute)
+            loss, clipped = returns.value_loss(value, batch['old'], batch['return'], config.value_clip)
+            return mean(loss), {'clipped': mean(clipped)}
+
+        policy, of_policy = learn(policy_loss, learners.policy, policy_optimizer)
+        value, of_value = learn(value_loss, learners.value, value_optimizer)
+        named = {f'policy/{name}': x for name, x in of_policy.items()} | {f'value/{name}': x for name, x in of_value.items()}
+        return Learners(policy, value), named
+
+    return update
+
+
+def learn(objective: Callable, state: State, optimizer: optax.GradientTransformation) -> tuple[State, dict[str, jax.Array]]:
+    """One step down an objective, parameters -> (loss, figures); nothing moves where it is not finite."""
+    (loss, figures), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    state, moved = descend(state, loss, gradients, optimizer)
+    return state, figures | moved

@@ -1,0 +1,201 @@
+"""The loop of versions (paper p14, Figure 11; recipe F): V1 to V4 by rejection sampling, V5 adds PPO; then who beats whom.
+
+Each version is a directory, which goes on where it stopped: v1/ … v4/, v5/rs, v5/ppo. Every version samples from the one before,
+is fine-tuned from the same base, and keeps the best answers of all earlier ones.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama2_jax.config import UserError
+from llama2_jax.data.prompts import Prompt, read_prompt
+from llama2_jax.data.sources import read_records
+from llama2_jax.data.toy.oracle import Oracle
+from llama2_jax.evals.toy import Verdict, verdict
+from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages import ppo, rejection
+from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.ppo_update import PPOConfig
+from llama2_jax.stages.rejection import RejectionConfig
+from llama2_jax.stages.rollout import RewardsConfig, Rollout, open_rewards, read_rollouts, sample_answers, write_rollouts
+from llama2_jax.train.metrics import save_figure
+from llama2_jax.train.workdir import open_workdir, write_atomically
+
+Rates = dict[str, tuple[float, float]]  # a mean and half its 95 % interval
+
+
+@dataclasses.dataclass(frozen=True)
+class RlhfConfig:
+    """The loop.
+
+    Attributes:
+      init_from: the chat model to begin with (SFT).
+      base: what each version is fine-tuned from; '': init_from.
+      rewards: the reward models of all versions.
+      versions: how many; the last one adds PPO.
+      rejection, ppo: a round of each; the models and rewards in them are set by the loop.
+      evaluation: prompts that all versions answer in the end, greedily; of the toy world the oracle judges, too.
+      evaluation_prompts: so many of them; 0: all.
+    """
+
+    init_from: str = ''
+    base: str = ''
+    rewards: RewardsConfig = RewardsConfig()
+    versions: int = 5
+    rejection: RejectionConfig = RejectionConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: str = 'toy:heldout'
+    evaluation_prompts: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.versions < 1:
+            raise UserError(f'versions must be positive, not {self.versions}.')
+
+
+def run(config: RlhfConfig, workdir: str) -> None:
+    """Makes the versions, or goes on with them, in `workdir`; writes versions.md, versions.json and versions.png.
+
+    Raises:
+      UserError: any mistake in the config, a model, the prompts or the workdir.
+    """
+    path = open_workdir(workdir, config, ('evaluation', 'evaluation_prompts', 'ppo', 'rejection'))  # which guard themselves
+    models, done, policy = {'SFT': config.init_from}, [], config.init_from
+    for number in range(1, config.versions + 1):
+        last = number == config.versions
+        home = path / f'v{number}' / ('rs' if last else '')
+        say(f'RLHF-v{number}: rejection sampling in {home}')
+        round_ = dataclasses.replace(
+            config.rejection,
+            sample_from=policy,
+            rewards=config.rewards,
+            earlier=tuple(done),
+            sft=dataclasses.replace(config.rejection.sft, init_from=config.base or config.init_from),
+            seed=config.seed + number,
+        )
+        rejection.run(round_, str(home))
+        done.append(str(home))
+        policy = str(home / 'model')
+        models[f'RLHF-v{number}' + (' (no PPO)' if last else '')] = policy
+    home = path / f'v{config.versions}' / 'ppo'
+    say(f'RLHF-v{config.versions}: PPO in {home}')
+    ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=config.rewards), str(home))
+    models[f'RLHF-v{config.versions} (with PPO)'] = str(home / 'model')
+    report(config, models, path)
+
+
+def report(config: RlhfConfig, models: Mapping[str, str], path: Path) -> None:
+    """The paper's Figure 11 for our run: a table, its numbers, and a picture."""
+    answers = {
+        name: answer(config, model, path / 'evaluation' / f'{number}.jsonl')
+        for number, (name, model) in enumerate(models.items())
+    }
+    oracle = Oracle() if config.evaluation.startswith('toy:') else None
+    rows = {name: compare(rollouts, answers['SFT'], oracle) for name, rollouts in answers.items()}
+    text = table(rows)
+    if is_main_process():
+        write_atomically(path / 'versions.json', json.dumps(rows, indent=2) + '\n')
+        write_atomically(path / 'versions.md', text + '\n')
+        plot(rows, path / 'versions.png')
+    say(text)
+
+
+def answer(config: RlhfConfig, model: str, file: Path) -> list[Rollout]:
+    """A model's greedy answers to the evaluation prompts, scored."""
+    barrier('evaluation')
+    if not file.exists():
+        engine = open_engine(model, config.ppo.decode_batch)
+        prompts = evaluation_prompts(config, engine.tokenizer)
+        settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': 0.0, 'seed': ''}
+        answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]
+        write_rollouts(file, open_rewards(config.rewards, engine.tokenizer)(answers))
+    return read_rollouts(file)
+
+
+def evaluation_prompts(config: RlhfConfig, tokenizer: Any) -> list[Prompt]:
+    """All prompts tagged safety, and as many of the others as make up the number, evenly spread."""
+    prompts = [read_prompt(record, tokenizer) for record in read_records(config.evaluation)]
+    tagged = [prompt for prompt in prompts if prompt.is_safety]
+    others = [prompt for prompt in prompts if not prompt.is_safety]
+    room = (config.evaluation_prompts or len(prompts)) - len(tagged)
+    return tagged + [others[i] for i in np.linspace(0, len(others) - 1, max(min(room, len(others)), 1)).astype(int)]
+
+
+def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle | None) -> Rates:
+    """Of one model against another: how often its answers win (ties count half), and what the oracle thinks of them.
+
+    On prompts tagged safety the safety model and the oracle's safety decide, on the others helpfulness.
+    """
+    tags = np.array([rollout.prompt.is_safety for rollout in ours])
+    scores = np.array([[_own(rollout) for rollout in side] for side in (ours, theirs)])
+    found = _wins('reward model', scores, tags)
+    if oracle:
+        verdicts = [[_verdict(oracle, rollout) for rollout in side] for side in (ours, theirs)]
+        quality = np.array([[one.quality for one in side] for side in verdicts])
+        found |= _wins('oracle', quality, tags)
+        found |= {'helpfulness': rate(quality[0][~tags]), 'harmlessness': rate(quality[0][tags])}
+        found['violations'] = rate([one.violates for one, tag in zip(verdicts[0], tags, strict=True) if tag])
+        found['false refusals'] = rate([one.refuses for one, tag in zip(verdicts[0], tags, strict=True) if not tag])
+    return found
+
+
+def _own(rollout: Rollout) -> float:
+    return rollout.safety if rollout.prompt.is_safety else rollout.helpfulness
+
+
+def _verdict(oracle: Oracle, rollout: Rollout) -> Verdict:
+    return verdict(oracle, rollout.prompt.messages, rollout.prompt.is_safety, rollout.text.strip(), rollout.ended)
+
+
+def _wins(judge: str, scores: np.ndarray, tags: np.ndarray) -> Rates:
+    wins = (np.sign(scores[0] - scores[1]) + 1) / 2
+    return {f'helpfulness wins, {judge}': rate(wins[~tags]), f'harmlessness wins, {judge}': rate(wins[tags])}
+
+
+def rate(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The mean, and half its 95 % interval.
+
+    >>> rate([0.0, 1.0, 1.0, 0.0])
+    (0.5, 0.49)
+    """
+    values = np.asarray(values, float)
+    return float(values.mean()), float(1.96 * values.std() / len(values) ** 0.5)
+
+
+def table(rows: Mapping[str, Rates]) -> str:
+    """In Markdown; per cent."""
+    columns = list(next(iter(rows.values())))
+    lines = ['| version | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 1) + '|']
+    for name, row in rows.items():
+        cells = [f'{100 * row[column][0]:.1f} ± {100 * row[column][1]:.1f}' for column in columns]
+        lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def plot(rows: Mapping[str, Rates], path: Path) -> None:
+    """Harmlessness against helpfulness, as wins over SFT, by each judge."""
+    from matplotlib.figure import Figure
+
+    judges = [column.split(', ')[1] for column in next(iter(rows.values())) if column.startswith('helpfulness wins')]
+    figure = Figure(figsize=(6 * len(judges), 5))
+    for number, judge in enumerate(judges, 1):
+        axes = figure.add_subplot(
+            1,
+            len(judges),
+            number,
+            xlabel='helpfulness: wins over SFT',
+            ylabel='harmlessness: wins over SFT',
+            title=f'by the {judge}',
+        )
+        x, y = ([row[f'{axis} wins, {judge}'][0] for row in rows.values()] for axis in ('helpfulness', 'harmlessness'))
+        axes.plot(x, y, 'o-')
+        for name, *place in zip(rows, x, y, strict=True):
+            axes.annotate(name, place, textcoords='offset points', xytext=(4, 4), fontsize=8)
+        axes.axhline(0.5, color='grey', linewidth=0.5)
+        axes.axvline(0.5, color='grey', linewidth=0.5)
+    save_figure(figure, path)
