@@ -20,9 +20,6 @@ from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
-# What the toy policy begins as: a first version that has seen its dialogs once instead of five times, with few refusals and many
-# unsafe requests answered, so that there is a way to go.
-WEAK = DialogConfig(mixture='toy:helpful, toy:harmless:0.3, toy:naive:3', epochs=1)
 PROMPTS = PromptConfig(mixture='toy:prompts, toy:safety_prompts:4', longest=64)
 ANSWER = 48  # tokens; the longest right answer has 45
 
@@ -97,7 +94,7 @@ def beginnings(policy: str, rewards: RewardsConfig, home: Path) -> tuple[str, Re
         policy = str(home / 'sft' / 'model')
         if not Path(policy).exists():
             say(f'No policy is given: a weak one of the toy world is trained in {home / "sft"} first.')
-            chat.run(dataclasses.replace(chat.tiny(), data=WEAK), str(home / 'sft'))
+            chat.run(chat.tiny_v1(), str(home / 'sft'))
     for name, config in (('helpfulness', reward_model.tiny()), ('safety', reward_model.tiny_safety())):
         if not getattr(rewards, name):
             model = home / f'rm-{name}'

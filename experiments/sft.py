@@ -43,6 +43,16 @@ def tiny() -> SftConfig:
     )
 
 
+def tiny_v1() -> SftConfig:
+    """The first chat model of RLHF in the toy world: it has seen its dialogs once, with few refusals, and bad wishes granted.
+
+    python experiments/sft.py --config=tiny_v1 --workdir=sft
+
+    So there is a way to go for rejection sampling and PPO, in helpfulness and in harmlessness.
+    """
+    return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:helpful, toy:harmless:0.3, toy:naive:3', epochs=1))
+
+
 def llama2_7b() -> SftConfig:
     """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4, 15.8 GB a chip, 7.4 s a step predicted.
 
@@ -94,6 +104,7 @@ def lora_7b() -> SftConfig:
 
 PRESETS = {
     'tiny': tiny,
+    'tiny_v1': tiny_v1,
     'llama2_7b': llama2_7b,
     'llama2_13b': llama2_13b,
     'llama2_70b': llama2_70b,
