@@ -1,10 +1,15 @@
 """Every test sees eight CPU devices, whatever the machine has, and JAX at its strictest."""
 
 import os
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, and here for subprocesses too
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+if 'LLAMA2_JAX_CACHE' not in os.environ:  # one for this session: pytest's worker processes find it set
+    CACHE = tempfile.TemporaryDirectory(prefix='llama2_jax-')
+    os.environ['LLAMA2_JAX_CACHE'] = CACHE.name
 
 from pathlib import Path  # noqa: E402 (the environment must be set before JAX is imported)
 

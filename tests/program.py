@@ -102,6 +102,19 @@ def launch_several(workdir, processes, devices, environment=None, **options):
     return [launch(workdir, devices, environment=variables, **options) for variables in each]
 
 
+def kill_one(processes, victim, workdir, step, pause=0.0):
+    """Kills one of several processes `pause` seconds after step `step` was logged; what the others say as they end."""
+    metrics = Path(workdir) / 'metrics.jsonl'
+    while not (metrics.exists() and metrics.read_text().count('\n') >= step):
+        assert all(process.poll() is None for process in processes), [process.communicate()[1] for process in processes]
+        time.sleep(0.001)
+    time.sleep(pause)
+    processes[victim].kill()
+    said = [process.communicate(timeout=150)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    return [text for index, text in enumerate(said) if index != victim]
+
+
 def kill_self(workdir, step, pause):
     """Kills this process `pause` seconds after step `step` was logged; pause None: in the first save from there on."""
     metrics, checkpoints = Path(workdir) / 'metrics.jsonl', Path(workdir) / 'checkpoints'
@@ -116,10 +129,10 @@ def kill_self(workdir, step, pause):
 def main():
     """Runs the stage and writes the final state's leaves to final.npz."""
     workdir, options, kill = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    runtime.start()
     if kill:
         threading.Thread(target=kill_self, args=(workdir, *kill), daemon=True).start()
     with runtime.user_errors():
+        runtime.start()
         state = pretrain.run(config(**options), workdir)
     leaves = [np.asarray(jax.jit(replicate)(leaf)) for leaf in jax.tree.leaves((state.params, state.opt_state))]
     if runtime.is_main_process():

@@ -44,12 +44,17 @@ def test_killed_five_times(straight, options, tmp_path):
     same(tmp_path, straight)
 
 
-def test_continued_by_another_number_of_processes(options, tmp_path):
-    """Two processes with a device each begin and are killed; one with two devices goes on."""
-    program.finish(program.launch(tmp_path / 'one', 2, **options))
-    program.finish(*program.launch_several(tmp_path / 'two', 2, 1, kill=(10, 0.0), **options), code=-signal.SIGKILL)
-    program.finish(program.launch(tmp_path / 'two', 2, **options))
-    same(tmp_path / 'two', tmp_path / 'one')
-    program.finish(program.launch(tmp_path / 'back', 2, kill=(10, 0.0), **options), code=-signal.SIGKILL)
-    program.finish(*program.launch_several(tmp_path / 'back', 2, 1, workers=2, **options))
+def test_killed_one_at_a_time_and_continued_by_another_number_of_processes(straight, options, tmp_path):
+    """Four processes lose the last, two with two devices each the first; one with four devices goes on. And the other way."""
+    program.finish(program.launch(tmp_path / 'one', 4, **options))
+    for ours, theirs in zip(program.final(tmp_path / 'one'), program.final(straight), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+    for count, victim, step in ((4, 3, 6), (2, 0, 13)):
+        processes = program.launch_several(tmp_path / 'many', count, 4 // count, **options)
+        said = program.kill_one(processes, victim, tmp_path / 'many', step)
+        assert all('Traceback' in text or 'another task died' in text for text in said)
+    program.finish(program.launch(tmp_path / 'many', 4, **options))
+    same(tmp_path / 'many', tmp_path / 'one')
+    program.finish(program.launch(tmp_path / 'back', 4, kill=(10, 0.0), **options), code=-signal.SIGKILL)
+    program.finish(*program.launch_several(tmp_path / 'back', 2, 2, workers=2, **options))
     same(tmp_path / 'back', tmp_path / 'one')

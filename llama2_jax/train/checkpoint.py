@@ -164,6 +164,7 @@ class Checkpoints:
                 state = _read(self.directory / str(step) / 'state', abstract)
         except _DamageError as error:
             damage = str(error)
+        barrier('checkpoint read')
         if not _everywhere(not damage):
             return None, {}, damage or 'another process could not read its part'
         sums = zip(names(state), checksums(state), extras['checksums'], strict=True)

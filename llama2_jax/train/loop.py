@@ -7,6 +7,7 @@ of k, because a checkpoint carries the step and all counters, and because lines 
 
 import dataclasses
 import math
+import os
 import shlex
 import signal
 import sys
@@ -20,6 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
+from llama2_jax.runtime.hosts import Watch
 from llama2_jax.train.checkpoint import Checkpoints, Tree
 from llama2_jax.train.metrics import Meter, Progress, Report
 from llama2_jax.train.workdir import no_space_is_said
@@ -84,7 +86,7 @@ def fit(
 
     Raises:
       UserError: non-finite loss, no space left, no readable checkpoint, or data that ends early.
-      SystemExit: with code 0 after a SIGTERM or the notice of a preemption, when the state is saved.
+      SystemExit: with code 0 after a SIGTERM, a first Ctrl-C or the notice of a preemption, when the state is saved.
     """
     workdir = Path(workdir).absolute()
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
@@ -93,7 +95,7 @@ def fit(
         progress = Progress(**progress)
         state = init() if state is None else state
         meter = Meter(flops_per_step, peak_flops)
-        with Interruption() as interruption, Report(workdir, progress, meter, steps) as report:
+        with Interruption() as interruption, Watch() as watch, Report(workdir, progress, meter, steps) as report:
 
             def settle(number, metrics, records, evaluation=None):
                 line = report.complete(number, metrics)
@@ -110,6 +112,7 @@ def fit(
                 report.say(f'Continuing from the checkpoint of step {progress.step}.')
             waiting = None
             for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
+                watch.at(number)
                 state, metrics = step(state, batch)
                 # Only now that this step is queued, wait for the one before: the device never idles for the host.
                 if waiting:
@@ -171,22 +174,31 @@ def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> 
 
 
 class Interruption:
-    """Notices SIGTERM, or a preemption of any of several processes, and has all of them stop after the same step."""
+    """Notices SIGTERM, Ctrl-C, or a preemption of any of several processes, and has all of them stop after the same step.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __enter__(self) -> 'Interruption':
-        self._asked = False
-        # Several processes: JAX's own service catches the signal and agrees on a step; notebooks' threads cannot listen.
-        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._asked, self._before = False, {}
+        if threading.current_thread() is not threading.main_thread():  # notebooks' threads cannot listen
+            return self
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
+        # Several processes: JAX's own service catches SIGTERM and agrees on a step.
+        if jax.process_count() == 1:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, _: object) -> None:
         self._asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; every process asks after every step."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from llama2_jax.config import UserError
 from llama2_jax.runtime import barrier
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_locked: set[Path] = set()  # workdirs, by this process
 
 
 def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] = ()) -> Path:
@@ -25,7 +28,7 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
 
     Raises:
       UserError: the directory holds a run of another configuration (the first differing field and both values are
-        named), its config.json is damaged, or it cannot be written.
+        named), its config.json is damaged, it cannot be written, or another run is at work in it.
     """
     if '://' in str(workdir):
         raise UserError(f'--workdir={workdir}: a bucket must be mounted (with gcsfuse, say) and given as a path.')
@@ -38,11 +41,30 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
+            _lock(workdir)
             write_atomically(path, text)
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f'The workdir {workdir} cannot be written: {error.strerror}.') from None
     barrier('workdir written')
     return workdir
+
+
+def _lock(workdir: Path) -> None:
+    """Keeps a lock on the workdir until this process ends, in whatever way."""
+    if workdir in _locked:
+        return
+    file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o666)  # stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, not of the file: no child holds it on
+    except OSError as error:
+        owner = os.read(file, 200).decode(errors='replace')
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f'Another run is at work in {workdir} ({owner}): let it end, or take another --workdir.') from None
+        return  # a file system without locks
+    os.truncate(file, 0)
+    os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+    _locked.add(workdir)
 
 
 def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def test_same_config_continues(tmp_path):
     before = (workdir / 'config.json').read_text()
     open_workdir(tmp_path / 'run', Config())
     assert (workdir / 'config.json').read_text() == before
-    assert [path.name for path in workdir.iterdir()] == ['config.json']
+    assert sorted(path.name for path in workdir.iterdir()) == ['.lock', 'config.json']
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 import contextlib
 import dataclasses
 import os
+import platform
 import sys
+import traceback
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
+from llama2_jax.runtime.hosts import barrier as barrier
+from llama2_jax.runtime.hosts import find_place, join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,31 +87,50 @@ def start() -> None:
     """
     # Two programs in flight on faked CPU devices can take each other's threads, and wait for ever for their collectives.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
-    coordinator = os.environ.get('LLAMA2_JAX_COORDINATOR')
-    if coordinator == 'auto':
-        jax.distributed.initialize()
-    elif coordinator:
-        try:
-            count, index = int(os.environ['LLAMA2_JAX_PROCESSES']), int(os.environ['LLAMA2_JAX_PROCESS'])
-        except (KeyError, ValueError):
-            raise UserError(
-                'LLAMA2_JAX_COORDINATOR is set, so LLAMA2_JAX_PROCESSES and LLAMA2_JAX_PROCESS must be whole numbers.'
-            ) from None
-        jax.distributed.initialize(coordinator, count, index)
+    keep_compiled()
+    if place := find_place():
+        join(place)
+
+
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles on disk, so that the next process does not compile it again.
+
+    In $JAX_COMPILATION_CACHE_DIR, or beside the token caches in a directory of this kind of processor: a home directory may be
+    shared by machines on which the instructions of others do not run.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    root = Path(os.environ.get('LLAMA2_JAX_CACHE') or '~/.cache/llama2_jax').expanduser()
+    with contextlib.suppress(OSError, RuntimeError):  # without a home, or on a full disk, it is compiled again
+        info = Path('/proc/cpuinfo')
+        kinds = {line for line in info.read_text().splitlines() if line.startswith('flags')} if info.exists() else {''}
+        directory = root / 'compiled' / f'{platform.machine()}-{zlib.crc32(repr(sorted(kinds)).encode()):08x}'
+        directory.mkdir(parents=True, exist_ok=True)
+        jax.config.update('jax_compilation_cache_dir', str(directory))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with one sentence and exit code 1 for a UserError; other errors keep their traceback."""
+    """Ends the process with one sentence and exit code 1 for a UserError; other errors keep their traceback.
+
+    One of several processes ends at once: the others may wait for it, and its farewell would wait for them.
+    """
     try:
         yield
     except UserError as error:
-        if jax.distributed.is_initialized():  # the others may wait for this process, and its farewell would wait for them
+        if jax.distributed.is_initialized():
             print(f'Error: {error}', file=sys.stderr, flush=True)
             os._exit(1)
         sys.exit(f'Error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def is_main_process() -> bool:
@@ -118,9 +142,3 @@ def say(text: str) -> None:
     """Prints a line, from the main process only."""
     if is_main_process():
         print(text, flush=True)
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

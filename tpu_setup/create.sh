@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Asks for a pod, waits until it is there, and sets it up. The same command again goes on where it was.
+#
+#   tpu_setup/create.sh v5p-64 --zone us-east5-a [--name NAME] [--project P] [--spot] [--slices N] [--bucket B] [--dry_run]
+#
+# Types are v4-N, v5e-N, v5p-N and v6e-N; N counts chips on v5e and v6e, and cores, two a chip, on v4 and v5p.
+# --spot is cheaper, and may be taken away: training then saves, and this command followed by run.sh goes on.
+# --slices makes several pods of this type work as one (set mesh.replica to their number).
+# --bucket is mounted at /mnt/BUCKET on every host, for workdirs, data and token caches.
+source "$(dirname "$0")/common.sh"
+
+type='' spot='' bucket=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name) POD=$2 && shift ;;
+    --zone) ZONE=$2 && shift ;;
+    --project) PROJECT=$2 && shift ;;
+    --slices) SLICES=$2 && shift ;;
+    --bucket) bucket=$2 && shift ;;
+    --spot) spot=1 ;;
+    --dry_run) DRY_RUN=1 ;;
+    --help) help ;;
+    -*) die "unknown flag $1; see --help." ;;
+    *) type=$1 ;;
+  esac
+  shift
+done
+POD=${POD:-llama2-$type}
+case $type in
+  v4-*) version=tpu-ubuntu2204-base accelerator=$type ;;
+  v5e-*) version=v2-alpha-tpuv5-lite accelerator=v5litepod-${type#v5e-} ;;
+  v5p-*) version=v2-alpha-tpuv5 accelerator=$type ;;
+  v6e-*) version=v2-alpha-tpuv6e accelerator=$type ;;
+  *) die "the type of pod is missing or unknown: '$type'; such as v5e-256 or v5p-64." ;;
+esac
+[ -n "${ZONE:-}" ] || die '--zone is missing, such as us-east5-a.'
+where
+
+if [ -z "$DRY_RUN" ]; then
+  printf '%s=%s\n' POD "$POD" ZONE "$ZONE" PROJECT "${PROJECT:-}" SLICES "$SLICES" >"$POD_FILE"
+fi
+state() {
+  gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" --format='value(state.state)' 2>/dev/null || true
+}
+now=''
+[ -n "$DRY_RUN" ] || now=$(state)
+if [ "$now" = SUSPENDED ] || [ "$now" = FAILED ]; then # taken away, or never given
+  run gcloud compute tpus queued-resources delete "$POD" "${WHERE[@]}" --force --quiet
+  now=''
+fi
+if [ -z "$now" ]; then
+  if [ "$SLICES" = 1 ]; then node=(--node-id="$POD"); else node=(--node-prefix="$POD" --node-count="$SLICES"); fi
+  run gcloud compute tpus queued-resources create "$POD" "${WHERE[@]}" "${node[@]}" \
+    --accelerator-type="$accelerator" --runtime-version="$version" ${spot:+--spot}
+fi
+until [ -n "$DRY_RUN" ] || [ "$now" = ACTIVE ]; do
+  now=$(state)
+  echo "$(date +%T) $POD: ${now:-unknown}"
+  case $now in
+    FAILED | SUSPENDED) die "$POD was not given; see: gcloud compute tpus queued-resources describe $POD ${WHERE[*]}" ;;
+    ACTIVE) ;;
+    *) sleep "${POLL_SECONDS:-30}" ;;
+  esac
+done
+export POD ZONE PROJECT=${PROJECT:-} SLICES DRY_RUN
+"$HERE/bootstrap.sh" ${bucket:+--bucket "$bucket"}

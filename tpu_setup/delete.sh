@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Gives the pod back. What lies on its disks is lost; what lies in a bucket stays.
+#
+#   tpu_setup/delete.sh [--dry_run]
+source "$(dirname "$0")/common.sh"
+
+case ${1:-} in
+  '') ;;
+  --dry_run) DRY_RUN=1 ;;
+  --help) help ;;
+  *) die "unknown argument $1; see --help." ;;
+esac
+load_pod
+if [ -n "$DRY_RUN" ] || gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" >/dev/null 2>&1; then
+  run gcloud compute tpus queued-resources delete "$POD" "${WHERE[@]}" --force --quiet
+else
+  echo "$POD is not there."
+fi
+[ -n "$DRY_RUN" ] || rm -f "$POD_FILE"
