@@ -82,10 +82,10 @@ def launch(workdir, devices, kill=None, **options):
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*processes, code=0):
+def finish(*processes, code=0, seconds=300):
     """Waits for all, and sees that each ended with the exit code."""
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=seconds)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -44,17 +44,24 @@ def test_killed_five_times(straight, options, tmp_path):
     same(tmp_path, straight)
 
 
-def test_killed_one_at_a_time_and_continued_by_another_number_of_processes(straight, options, tmp_path):
-    """Four processes lose the last, two with two devices each the first; one with four devices goes on. And the other way."""
-    program.finish(program.launch(tmp_path / 'one', 4, **options))
-    for ours, theirs in zip(program.final(tmp_path / 'one'), program.final(straight), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
-    for count, victim, step in ((4, 3, 6), (2, 0, 13)):
-        processes = program.launch_several(tmp_path / 'many', count, 4 // count, **options)
-        said = program.kill_one(processes, victim, tmp_path / 'many', step)
-        assert all('Traceback' in text or 'another task died' in text for text in said)
-    program.finish(program.launch(tmp_path / 'many', 4, **options))
+def test_killed_one_at_a_time_and_continued_by_another_number_of_processes(options, tmp_path):
+    """Two devices in one process, then in two of which the last dies, then in two of which the first dies, then in one."""
+    program.finish(program.launch(tmp_path / 'one', 2, **options))
+    program.finish(program.launch(tmp_path / 'many', 2, kill=(4, 0.0), **options), code=-signal.SIGKILL)
+    for victim, step in ((1, 10), (0, 16)):
+        processes = program.launch_several(tmp_path / 'many', 2, 1, workers=2, **options)
+        [said] = program.kill_one(processes, victim, tmp_path / 'many', step)
+        assert 'Traceback' in said or 'another task died' in said
+    program.finish(program.launch(tmp_path / 'many', 2, **options))
     same(tmp_path / 'many', tmp_path / 'one')
-    program.finish(program.launch(tmp_path / 'back', 4, kill=(10, 0.0), **options), code=-signal.SIGKILL)
-    program.finish(*program.launch_several(tmp_path / 'back', 2, 2, workers=2, **options))
-    same(tmp_path / 'back', tmp_path / 'one')
+
+
+def test_four_processes_are_one(straight, options, tmp_path):
+    """Four processes, of which the last dies, go on as two: sums of more than two parts have another order, so within 1e-5."""
+    processes = program.launch_several(tmp_path, 4, 1, **options)
+    program.kill_one(processes, 3, tmp_path, 10)
+    program.finish(*program.launch_several(tmp_path, 2, 2, **options))
+    for ours, theirs in zip(program.trace(tmp_path), program.trace(straight), strict=True):
+        assert ours['loss'] == pytest.approx(theirs['loss'], abs=1e-5)
+    for ours, theirs in zip(program.final(tmp_path), program.final(straight), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)

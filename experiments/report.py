@@ -1,0 +1,21 @@
+"""Shows a run, or a tree of runs, as one HTML file: curves, tables, samples, settings.
+
+python experiments/report.py --workdir=run
+"""
+
+from absl import flags
+from common import tool
+
+from llama2_jax.stages.report.page import write_report
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'A workdir, or a directory with workdirs in it.', required=True)
+OUTPUT = flags.DEFINE_string('output', '', 'The file to write; by default WORKDIR/report.html.')
+
+
+def run() -> None:
+    """Writes the file."""
+    print(f'The report is in {write_report(WORKDIR.value, OUTPUT.value)}.')
+
+
+if __name__ == '__main__':
+    tool(run)
