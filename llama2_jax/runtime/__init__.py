@@ -103,7 +103,9 @@ def keep_compiled() -> None:
     root = Path(os.environ.get('LLAMA2_JAX_CACHE') or '~/.cache/llama2_jax').expanduser()
     with contextlib.suppress(OSError, RuntimeError):  # without a home, or on a full disk, it is compiled again
         info = Path('/proc/cpuinfo')
-        kinds = {line for line in info.read_text().splitlines() if line.startswith('flags')} if info.exists() else {''}
+        kinds = (
+            {line for line in info.read_text().splitlines() if line.startswith(('flags', 'Features'))} if info.exists() else {''}
+        )
         directory = root / 'compiled' / f'{platform.machine()}-{zlib.crc32(repr(sorted(kinds)).encode()):08x}'
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update('jax_compilation_cache_dir', str(directory))

@@ -169,13 +169,13 @@ def barrier(name: str, seconds: float | None = None) -> None:
     client.key_value_set(f'{key}/{jax.process_index()}', name)
     limit = patience() if seconds is None else seconds
 
-    def missing() -> str:
+    def missing() -> tuple[set[int], str]:
         here = {int(path.rpartition('/')[2]) for path, _ in client.key_value_dir_get(key)}
-        absent = sorted(set(range(jax.process_count())) - here)
-        return name_all(absent, _names) if jax.process_index() == min(here) else ''
+        return here, name_all(sorted(set(range(jax.process_count())) - here), _names)
 
     def report() -> None:
-        if text := missing():
+        here, text = missing()
+        if text and jax.process_index() == min(here):  # one speaks for all who wait
             print(f'Waiting at the barrier {name!r} for {text}.', file=sys.stderr, flush=True)
 
     timer = threading.Timer(patience() / 10, report)
@@ -186,8 +186,9 @@ def barrier(name: str, seconds: float | None = None) -> None:
     except jax.errors.JaxRuntimeError as error:
         if 'DEADLINE_EXCEEDED' not in str(error):
             raise
-        text = missing() or 'others, see process 0'
-        raise UserError(f'Not at the barrier {name!r} within {limit:g} s: {text}. The same command again continues.') from None
+        raise UserError(
+            f'Not at the barrier {name!r} within {limit:g} s: {missing()[1]}. The same command again continues.'
+        ) from None
     finally:
         timer.cancel()
 

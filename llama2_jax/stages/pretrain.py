@@ -15,6 +15,7 @@ from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.runtime import barrier, chip_of, compiler_options, say
+from llama2_jax.runtime.hosts import DAY
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.heldout import make_evaluate, make_sample, say_heldout
 from llama2_jax.stages.tokenizer import open_tokenizer
@@ -96,7 +97,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
         steps=config.steps,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        barrier=barrier,
+        barrier=partial(barrier, seconds=DAY),  # one may have more to tokenise than another
     )
     say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     compute = config.compute.on(jax.default_backend())

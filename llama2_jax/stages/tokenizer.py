@@ -9,6 +9,7 @@ from llama2_jax.config import UserError
 from llama2_jax.convert.orbax import check_vocabulary
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
+from llama2_jax.runtime import hosts
 from llama2_jax.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 from llama2_jax.train.workdir import open_workdir
 
@@ -39,7 +40,7 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
         runtime.say(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():
         train_tokenizer(documents(names), path, config.vocab_size, config.max_sentences)
-    runtime.barrier('tokenizer')
+    runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path)
     runtime.say(f'{path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}')
     for name in names:
@@ -101,7 +102,7 @@ def open_tokenizer(path: str, mixture: str, vocab_size: int, own: Path, keep: bo
     if not path and not (keep and own.exists()) and runtime.is_main_process():
         runtime.say(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
         train_tokenizer(documents([component.source for component in parse_mixture(mixture)]), own, vocab_size)
-    runtime.barrier('tokenizer')
+    runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path or own)
     check_vocabulary(tokenizer, vocab_size)
     return tokenizer

@@ -28,7 +28,7 @@ def free_address():
 
 def launch(count, index, address, *arguments, **variables):
     several = {'LLAMA2_JAX_COORDINATOR': address, 'LLAMA2_JAX_PROCESSES': str(count), 'LLAMA2_JAX_PROCESS': str(index)}
-    environment = os.environ | {'XLA_FLAGS': '', 'LLAMA2_JAX_TIMEOUT': '3'} | several | variables
+    environment = os.environ | {'XLA_FLAGS': '', 'LLAMA2_JAX_TIMEOUT': '300'} | several | variables
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
     return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, **pipes)
 
@@ -89,20 +89,20 @@ def test_a_barrier_names_who_has_not_come():
     program, address = Path(__file__).with_name('hosts_program.py'), free_address()
     first, second = (launch(2, index, address, program, 'barrier') for index in (0, 1))
     try:
-        out, err = first.communicate(timeout=60)
+        out, err = first.communicate(timeout=200)
     finally:
         second.kill()
         second.communicate()
     assert (first.returncode, out.count('done')) == (1, 0)
     assert f"Waiting at the barrier 'the roof is on' for process 1 on {HOST}." in err
-    assert f"Error: Not at the barrier 'the roof is on' within 3 s: process 1 on {HOST}. The same command" in err
+    assert f"Error: Not at the barrier 'the roof is on' within 5 s: process 1 on {HOST}. The same command" in err
     assert 'Traceback' not in err
 
 
 def test_a_run_that_stands_still_says_who_is_behind():
     program, address = Path(__file__).with_name('hosts_program.py'), free_address()
-    results = [p.communicate(timeout=60) for p in [launch(2, index, address, program, 'watch') for index in (0, 1)]]
-    assert f'No step for 3 s: process 1 on {HOST} at step 3 of 4.' in results[0][1]
+    results = [p.communicate(timeout=200) for p in [launch(2, index, address, program, 'watch') for index in (0, 1)]]
+    assert f'No step for 5 s: process 1 on {HOST} at step 3 of 4.' in results[0][1]
     assert 'No step' not in results[1][1]
     assert ['done' in out for out, _ in results] == [True, False]  # process 0 speaks for all
 
@@ -120,8 +120,8 @@ def test_check_of_two_processes_and_a_bucket(tmp_path):
         storage = {'TENSORSTORE_GCS_HTTP_URL': url, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x'}
         arguments = ('-m', 'llama2_jax.runtime', 'check', 'gs://bucket/run', tmp_path)
         address = free_address()
-        processes = [launch(2, index, address, *arguments, LLAMA2_JAX_TIMEOUT='60', **storage) for index in (0, 1)]
-        (out, err), (quiet, _) = [process.communicate(timeout=60) for process in processes]
+        processes = [launch(2, index, address, *arguments, **storage) for index in (0, 1)]
+        (out, err), (quiet, _) = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], err
     assert out.startswith('processes  2 on 1 host\nversions   python 3.') and out.endswith('\nReady.\n')
     assert 'devices    2 × cpu, 1 a process; all exchanged a number in' in out
@@ -138,7 +138,7 @@ def test_check_names_who_differs():
 
 def test_check_of_a_directory_that_cannot_be_written():
     process = launch(1, 0, '', '-m', 'llama2_jax.runtime', 'check', '/proc/1')
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 1 and out.startswith('processes  1 on 1 host')
     assert err.startswith(f'Error: Process 0 on {HOST} cannot write to /proc/1: ') and err.count('\n') == 1
 

@@ -12,7 +12,7 @@ import pytest
 
 from llama2_jax.config import UserError
 from llama2_jax.stages.report import charts, markdown
-from llama2_jax.stages.report.curves import calibration, curves, plane
+from llama2_jax.stages.report.curves import by_count, calibration, curves, plane
 from llama2_jax.stages.report.page import write_report
 from llama2_jax.stages.report.runs import answers, find_runs, sections
 
@@ -151,7 +151,8 @@ def test_charts_of_figures_and_tables():
     assert [re.search('<figcaption>(.*?)<', each)[1] for each in drawn] == ['Accuracy', 'odd']
     rows = [{'predicted': 0.9, 'observed': 0.8}, {'predicted': 0.1, 'observed': 0.2}]
     assert 'd="M87.6,167.2 L372.4,50.8"' in calibration('RM', rows) and 'diagonal' in calibration('RM', rows)
-    assert calibration('RM', rows[:1]) == '' and plane('x', rows) == ''
+    assert calibration('RM', rows[:1]) == '' and plane('x', rows) == '' and by_count('x', rows) == ''
+    assert by_count('x', [{'n': 1, 'max': 2.0}, {'n': 2, 'max': 4.0}]).count('d="M52.0,197.2 L408.0,20.8"') == 1
 
 
 def browse(page, *flags, width=1200):

@@ -1,3 +1,4 @@
+import os
 import random
 import signal
 import socket
@@ -127,21 +128,34 @@ def test_a_step_with_a_bad_gradient_only(tmp_path):
         fit(tmp_path, LoopConfig(), abstract_state=state, init=lambda: state, step=step, batches=lambda start: numbers, steps=4)
 
 
-def test_sigterm_saves_says_how_to_go_on_and_exits_with_0(straight, tmp_path):
-    process = toy.launch(tmp_path, {'kill': {'sigterm': 23}})
-    _, err = process.communicate(timeout=60)
+@pytest.mark.parametrize('name', ['sigterm', 'sigint'])
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_0(straight, tmp_path, name):
+    process = toy.launch(tmp_path, {'kill': {name: 23}})
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f'Interrupted: step 23 of 40 is saved in {tmp_path}/checkpoints. To continue, run it again: ' in err
-    assert err.splitlines()[-1].endswith(f'toy.py {tmp_path} \'{{"kill": {{"sigterm": 23}}}}\'')
+    assert err.splitlines()[-1].endswith(f'toy.py {tmp_path} \'{{"kill": {{"{name}": 23}}}}\'')
     assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [15, 20, 23]
     same(leaves(toy.run(tmp_path)), straight[1])
     assert toy.trace(tmp_path) == toy.trace(straight[0])
 
 
-def test_sigterm_handler_is_put_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+def test_signal_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     toy.run(tmp_path, steps=1)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    def twice(k):
+        if k == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not (tmp_path / 'checkpoints' / '3').exists()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path, callback=twice)
+    assert not (tmp_path / 'checkpoints' / '3').exists()
 
 
 def test_killed_five_times_changes_nothing(straight, tmp_path):

@@ -1,6 +1,9 @@
 import dataclasses
 import errno
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -31,6 +34,25 @@ def test_same_config_continues(tmp_path):
     open_workdir(tmp_path / 'run', Config())
     assert (workdir / 'config.json').read_text() == before
     assert sorted(path.name for path in workdir.iterdir()) == ['.lock', 'config.json']
+
+
+def test_two_runs_in_one_workdir(tmp_path):
+    """The second of two processes is refused as long as the first lives; the first may open it as often as it likes."""
+    program = (
+        f'from llama2_jax.train.workdir import _lock; from pathlib import Path; _lock(Path({str(tmp_path)!r})); print("mine")'
+    )
+    other = subprocess.Popen(
+        [sys.executable, '-c', f'{program}; input()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == 'mine\n'
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, Config())
+    owner = f'process {other.pid} on {socket.gethostname()}'
+    assert str(error.value) == f'Another run is at work in {tmp_path} ({owner}): let it end, or take another --workdir.'
+    other.kill()
+    other.communicate()
+    open_workdir(tmp_path, Config())
+    open_workdir(tmp_path, Config())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +153,9 @@ def main():
     if len(sys.argv) > 3:
         jax.distributed.initialize(sys.argv[5], int(sys.argv[4]), int(sys.argv[3]))
     kill = options.pop('kill', {})
-    if 'sigterm' in kill:
-        options['callback'] = at(kill['sigterm'], lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for name, number in (('sigterm', signal.SIGTERM), ('sigint', signal.SIGINT)):
+        if name in kill:
+            options['callback'] = at(kill[name], partial(os.kill, os.getpid(), number))
     if 'timer' in kill:
         timer = threading.Timer(kill['seconds'], os.kill, (os.getpid(), signal.SIGKILL))
         options['callback'] = at(kill['timer'], timer.start)

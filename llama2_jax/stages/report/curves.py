@@ -54,12 +54,12 @@ def against_kl(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def calibration(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """What came against what was foretold, of rows with such columns; '' of others."""
-    pairs = (('predicted', 'observed'), ('predicted', 'win_rate'), ('score', 'win_rate'), ('confidence', 'accuracy'))
+    pairs = (('foretold', 'win rate'), ('predicted', 'observed'), ('confidence', 'accuracy'))
     for foretold, came in pairs:
         points = [(row[foretold], row[came]) for row in rows if _numbers(row, foretold, came)]
         if len(points) > 1:
-            inside = all(0 <= value <= 1 for point in points for value in point)
-            return chart(title, [Series(came, sorted(points))], x=foretold, square=(0, 1) if inside else None)
+            least = 0.5 if min(map(min, points)) >= 0.5 else 0.0
+            return chart(title, [Series(came, sorted(points))], x=foretold, square=(least, 1.0))
     return ''
 
 
@@ -73,6 +73,13 @@ def plane(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
             points = [(row[across], row[up]) for row in found]
             return chart(f'{title}: {up} and {across}', [Series(up, points, labels=names)], x=across)
     return ''
+
+
+def by_count(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every column of numbers over a first one that says how many, how far or how hot; '' of other rows."""
+    x = next((name for name in ('n', 'temperature', 'turn') if len(rows) > 1 and all(_numbers(row, name) for row in rows)), None)
+    names = [name for name in rows[0] if name != x and all(_numbers(row, name) for row in rows)] if x else []
+    return chart(title, [Series(name, [(row[x], row[name]) for row in rows]) for name in names], x=str(x))
 
 
 def _numbers(row: Mapping[str, Any], *columns: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama2_jax.config import UserError
 from llama2_jax.stages.report import markdown
-from llama2_jax.stages.report.curves import calibration, curves, plane
+from llama2_jax.stages.report.curves import by_count, calibration, curves, plane
 from llama2_jax.stages.report.runs import Run, answers, find_runs, sections
 from llama2_jax.train.workdir import no_space_is_said, write_atomically
 
@@ -45,8 +45,12 @@ def page(title: str, runs: Sequence[Run]) -> str:
     body += [section(run, title) for run in runs]
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in PACKAGES)
     body.append(f'</main><footer>llama2_jax · Python {platform.python_version()}, {versions}</footer>')
-    here = Path(__file__)
-    style, script = (here.with_name(name).read_text(encoding='utf-8') for name in ('page.css', 'page.js'))
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """HTML with our style and script in it."""
+    style, script = (Path(__file__).with_name(name).read_text(encoding='utf-8') for name in ('page.css', 'page.js'))
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{viewport}<title>{html.escape(title)}</title><style>{style}</style>'
     lines = ['<!doctype html>', f'<html lang="en"><head>{head}</head><body>', *body, f'<script>{script}</script></body></html>\n']
@@ -106,7 +110,7 @@ def cards(run: Run) -> str:
 
 def drawn(name: str, table: Any) -> list[str]:
     """Charts of the tables that have one."""
-    found = [chart(title, rows) for title, rows in markdown.tables_of(name, table) for chart in (calibration, plane)]
+    found = [chart(title, rows) for title, rows in markdown.tables_of(name, table) for chart in (calibration, plane, by_count)]
     return [picture for picture in found if picture]
 
 
