@@ -42,6 +42,16 @@ load_pod() { # what is in the environment goes before what create.sh has noted
   where
 }
 
+only_dry_run() { # the arguments of a script that takes no others
+  case ${1:-} in
+    '') ;;
+    --dry_run) DRY_RUN=1 ;;
+    --help) help ;;
+    *) die "unknown argument $1; see --help." ;;
+  esac
+  load_pod
+}
+
 nodes() { # the slices of the pod
   if [ "$SLICES" = 1 ]; then echo "$POD"; else seq -f "$POD-%g" 0 $((SLICES - 1)); fi
 }

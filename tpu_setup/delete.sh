@@ -4,13 +4,7 @@
 #   tpu_setup/delete.sh [--dry_run]
 source "$(dirname "$0")/common.sh"
 
-case ${1:-} in
-  '') ;;
-  --dry_run) DRY_RUN=1 ;;
-  --help) help ;;
-  *) die "unknown argument $1; see --help." ;;
-esac
-load_pod
+only_dry_run "$@"
 if [ -n "$DRY_RUN" ] || gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" >/dev/null 2>&1; then
   run gcloud compute tpus queued-resources delete "$POD" "${WHERE[@]}" --force --quiet
 else

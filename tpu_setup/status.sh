@@ -4,13 +4,7 @@
 #   tpu_setup/status.sh [--dry_run]
 source "$(dirname "$0")/common.sh"
 
-case ${1:-} in
-  '') ;;
-  --dry_run) DRY_RUN=1 ;;
-  --help) help ;;
-  *) die "unknown argument $1; see --help." ;;
-esac
-load_pod
+only_dry_run "$@"
 run gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" --format='value(state.state)'
 on_all 'if [ ! -f ~/job/pid ]; then what=idle
 elif kill -0 "$(cat ~/job/pid)" 2>/dev/null; then what=running

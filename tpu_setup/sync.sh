@@ -4,13 +4,7 @@
 #   tpu_setup/sync.sh [--dry_run]
 source "$(dirname "$0")/common.sh"
 
-case ${1:-} in
-  '') ;;
-  --dry_run) DRY_RUN=1 ;;
-  --help) help ;;
-  *) die "unknown argument $1; see --help." ;;
-esac
-load_pod
+only_dry_run "$@"
 cd "$HERE/.."
 archive=$(mktemp -d)/llama2_jax.tar.gz
 trap 'rm -r "$(dirname "$archive")"' EXIT
