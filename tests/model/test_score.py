@@ -9,12 +9,13 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import load_model, load_score_model, open_model
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.convert.transfer import convert
-from llama2_jax.mesh import MeshConfig, make_mesh
+from llama2_jax.mesh import MeshConfig, make_mesh, parameter_name, parameter_spec
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.score import ScoreModel, scores_at, with_score
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.stages.generate import open_scorer
 from llama2_jax.text.tokenizer import train_tokenizer
+from llama2_jax.train.optimizer import decays
 
 SHAPE = ModelConfig(vocab_size=296, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=80)
 LENGTHS = (5, 32, 33, 1, 80, 17)
@@ -69,9 +70,21 @@ def test_a_new_head():
     assert not hasattr(scored, 'head_DV')
 
 
-def test_scores_at_an_index():
+def test_scores_at_indices():
     scores = jnp.array([[1.0, 2.0, jnp.nan], [4.0, 5.0, 6.0]])
     assert scores_at(scores, jnp.array([1, 2])).tolist() == [2.0, 6.0]
+    assert scores_at(scores, jnp.array([[[0, 1]], [[2, 0]]])).tolist() == [[[1.0, 2.0]], [[6.0, 4.0]]]
+
+
+def test_the_head_is_a_vector():
+    """It is replicated, and weight decay spares it."""
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        model = jax.eval_shape(lambda: ScoreModel(SHAPE, jax.random.key(0)))
+        assert parameter_spec('score_D') == jax.sharding.PartitionSpec(None)
+    count = sum(leaf.size for leaf in jax.tree.leaves(model))
+    spared = [parameter_name(path) for path, decayed in jax.tree_util.tree_leaves_with_path(decays(model)) if not decayed]
+    assert sorted(spared) == ['attention_norm_D', 'ffn_norm_D', 'norm_D', 'score_D']
+    assert count == SHAPE.parameters - SHAPE.vocab_size * SHAPE.dim + SHAPE.dim
 
 
 def test_a_score_depends_on_its_row_alone(model, tokenizer, rows, expected):

@@ -36,7 +36,7 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    kind = rng.choice(FAULTS + SLIPS + 3 * MISTAKES)
+    kind = rng.choice(FAULTS + SLIPS + 5 * MISTAKES)
     if kind in FAULTS:
         answer = faulty(oracle, rng, messages, kind, pool)
     else:
@@ -61,7 +61,7 @@ def _slip(kind: str, oracle: Oracle, rng: random.Random, asked: Asked, pool: Seq
         return right[0].lower() + right[1:]
     if kind == 'half_refusal':
         return f'{rng.choice(safety.DECLINES)} {right}'
-    if kind == 'rambling':  # goes on with something of the same kind
+    if kind == 'rambling':  # goes on about something else
         more = [oracle.perfect(Asked(rng.choice(pool), ()), rng) for _ in range(rng.randint(1, 2))]
         return ' '.join([rng.choice(sentences), *more])
     request = asked.request
