@@ -17,8 +17,8 @@ PARAMETERS = {
     'sft_lora': {'SETTINGS': ['lora.rank=2', 'data.epochs=1', 'grade=false', *TINY]},
     'export_to_pytorch': {},
     'rlhf_toy': {
-        'REWARD': ['data.epochs=0.02', 'batch_size=4', 'loop.eval_every=0', 'eval_batches=1'],
-        'PPO': ['iterations=2', 'batch_size=4', 'minibatch_size=4', 'eval_every=2', 'eval_prompts=4', 'max_new_tokens=8'],
+        'REWARD': ['data.mixture=toy:safety_preferences', 'data.epochs=0.02', 'reference=toy:harmless', 'length=256', *TINY[:1]],
+        'PPO': ['prompts.mixture=toy:safety_prompts', *TINY[:1], 'minibatch_size=4', 'iterations=1', 'eval_prompts=4', 'judge='],
     },
 }
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]  # of Jupyter's own

@@ -28,7 +28,7 @@ def render(text: str, marks: bool = False) -> str:
         inside, _, after = rest.partition('</pre>')
         shown = _KEPT.sub(r'<\1>', escape(inside))
         return f'{render(before)}<pre>{shown}</pre>{render(after)}'
-    return ''.join(map(block, re.split(r'\n\s*\n', text.strip('\n')))) if text.strip() else ''
+    return ''.join(map(block, filter(str.strip, re.split(r'\n\s*\n', text))))
 
 
 def block(text: str) -> str:
@@ -45,7 +45,7 @@ def block(text: str) -> str:
             parts.append('<blockquote>' + '<br>'.join(inline(line.lstrip()[1:].strip()) for line in some) + '</blockquote>')
         elif kind == 'table':
             rows = [[cell.strip() for cell in line.strip().strip('|').split('|')] for line in some if set(line) - set('|-: ')]
-            parts.append(table(rows[0], rows[1:]))
+            parts.append(table(rows[0], rows[1:]) if rows else '')
         elif kind == 'list':
             parts.append('<ul>' + ''.join(f'<li>{inline(line.lstrip("- "))}</li>' for line in some) + '</ul>')
         else:

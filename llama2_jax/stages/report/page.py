@@ -17,6 +17,11 @@ from llama2_jax.train.workdir import no_space_is_said, write_atomically
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 MOST_ROWS = 60  # of a table or of samples
+# Figures to look at first, where a run has them.
+CARDS = (
+    *('tokens', 'loss', 'heldout/loss', 'heldout/accuracy', 'toy/learnable/exact', 'toy/stops'),
+    *('heldout/score', 'heldout/judge', 'kl'),
+)
 
 
 def write_report(workdir: str, output: str = '') -> Path:
@@ -85,17 +90,7 @@ def cards(run: Run) -> str:
     if run.metrics:
         last = run.metrics[-1]
         found['steps'] = f'{last["step"]:,}'
-        for key in (
-            'tokens',
-            'loss',
-            'heldout/loss',
-            'heldout/accuracy',
-            'toy/learnable/exact',
-            'toy/stops',
-            'heldout/score',
-            'heldout/judge',
-            'kl',
-        ):
+        for key in CARDS:
             if (value := run.last(key)) is not None:
                 share = key.startswith('toy/') or key.endswith('accuracy')
                 found[key] = f'{value:.1%}' if share else markdown.number(value)
