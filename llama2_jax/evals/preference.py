@@ -49,8 +49,9 @@ def judge(scorer: Scorer, source: str) -> Judged:
         pairs += [pair for pair in found if pair]
     if not pairs:
         raise UserError(f'{source} holds no comparison that fits a context of {scorer.config.context} tokens.')
-    scores = scorer.score([ids for pair in pairs for ids in pair.ids])
-    return Judged(source, pairs, scores.reshape(-1, 2))
+    rows = {ids.tobytes(): ids for pair in pairs for ids in pair.ids}  # an answer may be in several pairs
+    scores = dict(zip(rows, scorer.score(list(rows.values())), strict=True))
+    return Judged(source, pairs, np.array([[scores[ids.tobytes()] for ids in pair.ids] for pair in pairs], np.float32))
 
 
 def share(hits: Iterable[bool]) -> Share | None:
