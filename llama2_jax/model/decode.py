@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import ModelConfig
 from llama2_jax.mesh import parameter_letters, parameter_name, parameter_spec, replicate, reshard, spec
-from llama2_jax.model.llama import Block, Llama, rms_norm
+from llama2_jax.model.llama import Block, Llama, Rope, rms_norm
 from llama2_jax.ops.attention import attention_with_cache
 from llama2_jax.ops.embedding import embed
 from llama2_jax.ops.linear import linear, quantize
@@ -190,12 +190,12 @@ def prefill(
     L = tokens_BL.shape[1]
     start_B, slot_R, start_R, used_R = reshard(start_R, 'B'), *(reshard(x, 'R') for x in (slot_R, start_R, used_R))
     causal_LL = jnp.tril(jnp.ones((L, L), bool))
-    x_BLD, rope = _begin(weights, tokens_BL, start_B[:, None] + jnp.arange(L)[None], cache)
+    x_BLD, rope = begin(weights, tokens_BL, start_B[:, None] + jnp.arange(L)[None], cache)
     longer = []
     for block, cached in zip(weights.blocks, cache, strict=True):
 
         def attend(q_BLHK, k_BLGK, v_BLGK, cached=cached):
-            new = _by_rows(k_BLGK), _by_rows(v_BLGK)
+            new = by_rows(k_BLGK), by_rows(v_BLGK)
             seen = [x_RGMK[:, :, :0] if fresh else x_RGMK for x_RGMK in cached]
             out_BLHK = attention_with_cache(q_BLHK, *new, causal_LL, *seen, start_R, slot_R)
             longer.append(tuple(_write(*pair, start_R, used_R, slot_R) for pair in zip(cached, new, strict=True)))
@@ -271,12 +271,12 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
     column, length_R = progress.column, reshard(rows.length_B, 'R')
     positions_BL = reshard(rows.length_B, 'B')[:, None] + column
     visible_LL = (jnp.arange(CHUNK) <= column)[None]
-    x_BLD, rope = _begin(weights, progress.token_B[:, None], positions_BL, cache)
+    x_BLD, rope = begin(weights, progress.token_B[:, None], positions_BL, cache)
     recent = []
     for block, cached, before in zip(weights.blocks, cache, progress.recent, strict=True):
 
         def attend(q_BLHK, k_BLGK, v_BLGK, cached=cached, before=before):
-            new = zip(before, (_by_rows(k_BLGK), _by_rows(v_BLGK)), strict=True)
+            new = zip(before, (by_rows(k_BLGK), by_rows(v_BLGK)), strict=True)
             recent.append(tuple(jax.lax.dynamic_update_slice_in_dim(old, x, column, axis=2) for old, x in new))
             return attention_with_cache(q_BLHK, *recent[-1], visible_LL, *cached, length_R)
 
@@ -297,13 +297,13 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
     )
 
 
-def _begin(weights, tokens_BL, positions_BL, cache):
+def begin(weights: Weights, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache) -> tuple[jax.Array, Rope]:
     """Embedded tokens in the compute dtype, and the rotations of their positions."""
     rope = rope_table(positions_BL, weights.config.head_dim, weights.config.rope_theta)
     return embed(weights.table_VD, reshard(tokens_BL, 'BL'), cache[0][0].dtype.name), rope
 
 
-def _by_rows(x_BLGK):
+def by_rows(x_BLGK: jax.Array) -> jax.Array:
     """Keys or values as the cache holds them: [R, G, L, K]."""
     return reshard(x_BLGK, 'RLGK').swapaxes(1, 2)
 

@@ -4,6 +4,7 @@ Each row of a batch draws tokens by itself, in a loop on the devices (`model.dec
 (`model.slots`), and nothing is compiled for that: there are few numbers of rows, few lengths of the cache, few sizes of prompts.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections import deque
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from llama2_jax.config import UserError
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model import decode
+from llama2_jax.model import decode, likelihood
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.slots import Slots, shards
 from llama2_jax.text.tokenizer import Tokenizer
@@ -165,6 +166,27 @@ class Engine:
                 shown = end
         return row.sample
 
+    def log_likelihoods(self, questions: Sequence[Sequence[likelihood.Choice]]) -> Iterator[tuple[int, list[float]]]:
+        """For each question, how likely each of its choices is: the sum of the log-probabilities of its tokens, float32.
+
+        Args:
+          questions: lists of choices, (ids of a context, ids of its continuation); choices may share their contexts or not.
+
+        Yields:
+          A question's number and the sums of its choices, in whatever order is quick.
+
+        Raises:
+          UserError: a choice that the model cannot read; the question's number is named.
+        """
+        for index, choices in enumerate(questions):
+            for context, ids in choices:
+                if not context or not ids:
+                    raise UserError(f'Question {index}: a choice needs a context, BOS at least, and a continuation.')
+                self.check(Request([*context, *ids[:-1]]), f'Question {index}')
+        with self._exclusive():
+            self._open(min(self._batch_size, likelihood.ROWS * shards(self._mesh)))
+            yield from likelihood.log_likelihoods(self._slots, self._mesh.devices.flat[0], questions)
+
     def check(self, request: Request, name: str) -> None:
         """Raises a UserError, with the name of the request, where the model cannot continue its prompt."""
         length, context = len(request.token_ids), self.config.context
@@ -175,10 +197,7 @@ class Engine:
 
     def _run(self, requests: Iterable[Request], steps: int) -> Iterator[_Row]:
         """Every row after each call that went on with it, by up to `steps` tokens, whether it has ended or not."""
-        if self._busy:
-            raise RuntimeError('the engine is generating already')
-        self._busy = True
-        try:
+        with self._exclusive():
             queue = self._rows(requests)
             waiting = deque(islice(queue, self._batch_size))
             live: list[_Row | None] = [None] * self._open(len(waiting))
@@ -197,6 +216,15 @@ class Engine:
                         self._extend(row, *(x[slot] for x in drawn))
                         live[slot] = None if row.sample else row
                         yield row
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One user of the cache at a time."""
+        if self._busy:
+            raise RuntimeError('the engine is generating already')
+        self._busy = True
+        try:
+            yield
         except BaseException:  # an interrupted call may have used the cache up
             self._slots = None
             raise

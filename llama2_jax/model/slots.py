@@ -1,7 +1,8 @@
 """The rows of a cache and what they hold: prompts are read into them, copied between them, and continued."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,9 +81,19 @@ class Slots:
             self.held[slot] = np.concatenate([self.held[slot], *read])
         return tokens, logprobs, counts
 
+    def hold(self, prompt: np.ndarray) -> None:
+        """Puts one prompt into every row."""
+        if any(not np.array_equal(held, prompt) for held in self.held):
+            self.place([prompt] * len(self.held), range(len(self.held)))
+
+    def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        """`program(weights, cache, *arguments)`, which leaves the cache as it is."""
+        with self._devices():
+            return program(self._weights, self._cache, *arguments)
+
     def _source(self, prompt: np.ndarray, free: Sequence[int]) -> tuple[int, int, int]:
         """The row to start a prompt from, the free row it goes to, and how many tokens it saves."""
-        common = [_common(held, prompt) for held in self.held]
+        common = [in_common(held, prompt) for held in self.held]
         own = max(free, key=lambda slot: common[slot])
         near = {self._shard(slot) for slot in free}
         best = max((slot for slot in range(len(common)) if self._shard(slot) in near), key=lambda slot: common[slot])
@@ -175,7 +186,7 @@ def shards(mesh: Mesh) -> int:
     return mesh.shape['replica'] * mesh.shape['rows']
 
 
-def _common(held: np.ndarray, prompt: np.ndarray) -> int:
+def in_common(held: np.ndarray, prompt: np.ndarray) -> int:
     """How many tokens two sequences begin with in common."""
     length = min(len(held), len(prompt))
     different = np.flatnonzero(held[:length] != prompt[:length])

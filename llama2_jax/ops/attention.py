@@ -83,7 +83,7 @@ def attention_with_cache(
     Args:
       q_BLHK: queries, rotated by their positions.
       k_RGLK, v_RGLK: new keys, rotated, and values: of the same tokens, or of some before them too.
-      visible_LL: bool, which of the new keys each query sees.
+      visible_LL: bool, which of the new keys each query sees; or [R, L, L], where rows differ in that.
       cached_k_RGMK, cached_v_RGMK: the cache.
       length_R: int32, how many places of its cache a row sees.
       slot_R: int32, the row of the cache (of the rows on this device) that belongs to each row; None: their own.
@@ -92,7 +92,8 @@ def attention_with_cache(
       [B, L, H, K] in the dtype of the queries.
     """
     new, cached, row = spec('RGLK'), spec('RGMK'), spec('R')
-    in_specs = (spec('BLHK'), new, new, spec('LL'), cached, cached, row, None if slot_R is None else row)
+    visible = spec('RLL' if visible_LL.ndim == 3 else 'LL')
+    in_specs = (spec('BLHK'), new, new, visible, cached, cached, row, None if slot_R is None else row)
     local = partial(_cached, shards=jax.sharding.get_abstract_mesh().shape['rows'])
     sharded = jax.shard_map(local, in_specs=in_specs, out_specs=spec('BLHK'), check_vma=False)
     return sharded(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, length_R, slot_R)
@@ -109,7 +110,7 @@ def _cached(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, le
     visible_RM = jnp.arange(M)[None] < length_R[:, None]
     scores = [
         _masked_scores(q_RGPLK, cached_k_RGMK, visible_RM[:, None, None, None]),
-        _masked_scores(q_RGPLK, k_RGLK, visible_LL[None, None, None]),
+        _masked_scores(q_RGPLK, k_RGLK, visible_LL.reshape(-1, 1, 1, *visible_LL.shape[-2:])),
     ]
     # One softmax over both. A query sees itself at least, so the maximum is that of something visible.
     top = jnp.maximum(*(jnp.max(some, axis=-1, keepdims=True, initial=-jnp.inf) for some in scores))

@@ -1,0 +1,138 @@
+"""What a task is: examples, how a model is asked, and how its outputs are graded. A task is data; `evals.tasks` lists them."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama2_jax.evals.files import Files
+from llama2_jax.evals.tools import Tools
+from llama2_jax.model.engine import Sample
+
+Record = dict[str, Any]  # 'prediction', and measures: numbers, of which means are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+      target: what grading compares with.
+      prompt: a text to continue, or the messages of a dialog to answer.
+      choices: or pairs (context, continuation), whose likelihoods are compared.
+      group: part of the set, such as a subject; measures are also given for each.
+      data: what else grading reads.
+    """
+
+    target: Any
+    prompt: str | Sequence[Mapping[str, str]] = ''
+    choices: tuple[tuple[str, str], ...] = ()
+    group: str = ''
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How continuations are drawn; a chat model's answer also ends with EOS, and is not cut at `stop`."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+      read: (files, shots) -> its examples.
+      grade: (example, outputs, tools) -> record; outputs are the log-likelihoods of the choices, or the samples.
+      home: where its files are to be had.
+      shots: solved examples in the prompt, as in the paper.
+      decoding: None where choices are compared.
+      measure: of the records: the headline.
+      executes: its grading runs programs that the model wrote.
+    """
+
+    name: str
+    read: Callable[[Files, int], list[Example]]
+    grade: Callable[[Example, Sequence[Any], Tools], Record]
+    home: str
+    shots: int = 0
+    decoding: Decoding | None = None
+    measure: str = 'correct'
+    executes: bool = False
+
+
+def best(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+    """The likeliest choice."""
+    return _chosen(example, logprobs)
+
+
+def best_per_character(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+    """The choice of the highest likelihood per character (LLaMA 1's rule, recipe I.1)."""
+    lengths = [len(continuation.strip()) for _, continuation in example.choices]
+    return _chosen(example, [logprob / max(length, 1) for logprob, length in zip(logprobs, lengths, strict=True)])
+
+
+def best_against_answer(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+    """The choice of the highest P(choice | question) / P(choice | "Answer:"); the second half of the choices are the latter."""
+    half = len(logprobs) // 2
+    return _chosen(example, np.subtract(logprobs[:half], logprobs[half:]).tolist())
+
+
+def against_answer(choices: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Choices, and the same ones again after "Answer:" alone."""
+    return (*choices, *(('Answer:', continuation) for _, continuation in choices))
+
+
+def _chosen(example: Example, scores: Sequence[float]) -> Record:
+    prediction = int(np.argmax(scores))
+    return {'prediction': prediction, 'correct': float(prediction == example.target)}
+
+
+def texts(samples: Sequence[Sample]) -> list[str]:
+    """Of samples."""
+    return [sample.text for sample in samples]
+
+
+# Answers in words
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and double spaces (recipe I.1; SQuAD's own rule).
+
+    >>> normalise('The  Eiffel-Tower.')
+    'eiffeltower'
+    """
+    text = re.sub(r'[!-/:-@\[-`{-~]', '', text.lower())
+    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """Whether it is one of the answers, normalised."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best overlap of normalised words with an answer, as SQuAD measures it."""
+
+    def one(answer: str) -> float:
+        ours, theirs = normalise(prediction).split(), normalise(answer).split()
+        common = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+        return 2 * common / (len(ours) + len(theirs)) if common else float(ours == theirs)
+
+    return max((one(answer) for answer in answers), default=0.0)
+
+
+def short_answer(text: str) -> str:
+    """Cut at the first newline, final dot or comma (recipe I.1).
+
+    >>> short_answer(' Paris, France.\\nQ:')
+    'Paris'
+    """
+    return re.split(r'\n|,|\.(?=\s|$)', text.strip(), maxsplit=1)[0].strip()
