@@ -68,6 +68,10 @@ class Files:
             else:
                 yield from (record.fields for record in read_records(f'jsonl:{glob.escape(path)}'))
 
+    def text(self, *patterns: str) -> str:
+        """The content of the first file that `find` finds."""
+        return read_text(self.find(*patterns)[0])
+
 
 def read_text(path: str) -> str:
     """A UTF-8 file, perhaps .gz.

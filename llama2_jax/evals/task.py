@@ -1,6 +1,7 @@
 """What a task is: examples, how a model is asked, and how its outputs are graded. A task is data; `evals.tasks` lists them."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from llama2_jax.evals.files import Files
-from llama2_jax.evals.tools import Tools
-from llama2_jax.model.engine import Sample
 
-Record = dict[str, Any]  # 'prediction', and measures: numbers, of which means are taken
+Record = dict[str, Any]  # 'prediction', and measures: floats, of which means are taken
+Given = Mapping[str, Sequence[Any]]  # by the name of a helper, its answer about each sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Example:
     Attributes:
       target: what grading compares with.
       prompt: a text to continue, or the messages of a dialog to answer.
+      chat: what a chat model is asked, where that is something else.
       choices: or pairs (context, continuation), whose likelihoods are compared.
       group: part of the set, such as a subject; measures are also given for each.
       data: what else grading reads.
@@ -28,6 +29,7 @@ class Example:
 
     target: Any
     prompt: str | Sequence[Mapping[str, str]] = ''
+    chat: str = ''
     choices: tuple[tuple[str, str], ...] = ()
     group: str = ''
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -50,36 +52,43 @@ class Task:
 
     Attributes:
       read: (files, shots) -> its examples.
-      grade: (example, outputs, tools) -> record; outputs are the log-likelihoods of the choices, or the samples.
+      grade: (example, outputs, given) -> record; outputs are the log-likelihoods of the choices, or the samples.
       home: where its files are to be had.
       shots: solved examples in the prompt, as in the paper.
       decoding: None where choices are compared.
-      measure: of the records: the headline.
-      executes: its grading runs programs that the model wrote.
+      measures: of the records, the first that they have is the headline.
+      helpers: what is asked of whom about each sample before grading: name -> (example, text of the sample) -> question;
+        the helpers are those of `stages.evaluate`.
+      requires: helpers without which the task cannot be graded.
     """
 
     name: str
     read: Callable[[Files, int], list[Example]]
-    grade: Callable[[Example, Sequence[Any], Tools], Record]
+    grade: Callable[[Example, Sequence[Any], Given], Record]
     home: str
     shots: int = 0
     decoding: Decoding | None = None
-    measure: str = 'correct'
-    executes: bool = False
+    measures: tuple[str, ...] = ('correct',)
+    helpers: Mapping[str, Callable[[Example, str], Any]] = dataclasses.field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+
+    def headline(self, means: Mapping[str, float]) -> str:
+        """The measure that stands for the task."""
+        return next(name for name in self.measures if name in means)
 
 
-def best(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+def best(example: Example, logprobs: Sequence[float], given: Given) -> Record:
     """The likeliest choice."""
     return _chosen(example, logprobs)
 
 
-def best_per_character(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+def best_per_character(example: Example, logprobs: Sequence[float], given: Given) -> Record:
     """The choice of the highest likelihood per character (LLaMA 1's rule, recipe I.1)."""
     lengths = [len(continuation.strip()) for _, continuation in example.choices]
     return _chosen(example, [logprob / max(length, 1) for logprob, length in zip(logprobs, lengths, strict=True)])
 
 
-def best_against_answer(example: Example, logprobs: Sequence[float], tools: Tools) -> Record:
+def best_against_answer(example: Example, logprobs: Sequence[float], given: Given) -> Record:
     """The choice of the highest P(choice | question) / P(choice | "Answer:"); the second half of the choices are the latter."""
     half = len(logprobs) // 2
     return _chosen(example, np.subtract(logprobs[:half], logprobs[half:]).tolist())
@@ -95,9 +104,29 @@ def _chosen(example: Example, scores: Sequence[float]) -> Record:
     return {'prediction': prediction, 'correct': float(prediction == example.target)}
 
 
-def texts(samples: Sequence[Sample]) -> list[str]:
-    """Of samples."""
-    return [sample.text for sample in samples]
+def pass_at(k: int, samples: int, passed: int) -> float:
+    """The unbiased estimate of the chance that one of k samples is right (Chen et al. 2021).
+
+    >>> pass_at(1, 5, 2)
+    0.4
+    """
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def passes(outcomes: Sequence[bool]) -> Record:
+    """The estimates for 1, 10, 80 and 100, as far as there are samples; 'correct' is that for 1."""
+    rates = {k: pass_at(k, len(outcomes), sum(outcomes)) for k in (1, 10, 80, 100) if k <= len(outcomes)}
+    return {'correct': rates[1]} | {f'pass@{k}': rate for k, rate in rates.items()}
+
+
+def votes(answers: Sequence[str], right: Callable[[str], bool]) -> Record:
+    """The most frequent answer of several samples (the first of equals), and how often a single one is right."""
+    given = [answer for answer in answers if answer] or ['']
+    prediction = max(given, key=given.count)
+    record = {'prediction': prediction, 'correct': float(right(prediction))}
+    if len(answers) > 1:
+        record |= {f'maj1@{len(answers)}': record['correct'], 'maj1@1': float(np.mean([right(answer) for answer in answers]))}
+    return record
 
 
 # Answers in words

@@ -1,0 +1,98 @@
+"""HumanEval (Chen et al. 2021) and MBPP (Austin et al. 2021): programs that a model writes are run against their tests."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama2_jax.evals.files import Files
+from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, passes
+
+MBPP_SHOTS = (2, 3, 4)  # their task ids, as in the paper of MBPP
+MBPP_TEST = range(11, 511)
+
+
+def read_humaneval(files: Files, shots: int) -> list[Example]:
+    """Its 164 problems."""
+    rows = files.rows('humaneval/**/HumanEval.jsonl', 'HumanEval.jsonl')
+    chat = 'Complete this Python function; answer with the whole function.\n```python\n{}```'
+    return [Example(None, row['prompt'], chat.format(row['prompt']), data=row) for row in rows]
+
+
+def humaneval_program(example: Example, text: str) -> str:
+    """A completion of the prompt, or a whole function of a chat model, with the tests behind it."""
+    row = example.data
+    code = in_fence(text)
+    body = row['prompt'] + (code or text)
+    if code and re.search(rf'^def {row["entry_point"]}\b', code, re.MULTILINE):
+        body = row['prompt'].split('\ndef ')[0] + '\n\n' + code if '\ndef ' in row['prompt'] else code
+    return f'{body}\n{row["test"]}\ncheck({row["entry_point"]})\n'
+
+
+def in_fence(text: str) -> str:
+    """The first block of code in a chat model's answer; '' where there is none."""
+    block = re.search(r'```(?:[Pp]ython)?\n(.*?)(?:```|\Z)', text, re.DOTALL)
+    return block.group(1) if block else ''
+
+
+def read_mbpp(files: Files, shots: int) -> list[Example]:
+    """The 500 problems of its test part; the examples before them are its own numbers 2, 3 and 4."""
+    rows = {int(row['task_id']): row for row in files.rows('mbpp/**/mbpp.jsonl', 'mbpp.jsonl')}
+    begin = ''.join(f'{mbpp_question(rows[number])}{rows[number]["code"]}\n[DONE]\n' for number in MBPP_SHOTS[:shots])
+    chat = '{} Answer with a Python function. Your code should pass these tests:\n\n{}'
+    return [
+        Example(None, begin + mbpp_question(row), chat.format(row['text'], '\n'.join(row['test_list'])), data=row)
+        for number, row in rows.items()
+        if number in MBPP_TEST
+    ]
+
+
+def mbpp_question(row: Mapping[str, Any]) -> str:
+    """A problem in the words of its paper."""
+    tests = '\n'.join(row['test_list'])
+    return (
+        f'You are an expert Python programmer, and here is your task: {row["text"]} '
+        f'Your code should pass these tests:\n\n{tests}\n[BEGIN]\n'
+    )
+
+
+def mbpp_program(example: Example, text: str) -> str:
+    """A function with its tests behind it."""
+    row = example.data
+    return '\n'.join([row.get('test_setup_code', ''), in_fence(text) or text, *row['test_list']])
+
+
+def grade(example: Example, outputs: Sequence[Any], given: Given) -> Record:
+    """How often the tests pass."""
+    outcomes = list(given['program'])
+    return {'prediction': outcomes} | passes([outcome == 'passed' for outcome in outcomes])
+
+
+# Temperatures and top-p of the paper (p49); 200 samples are Chen et al.'s.
+_HUMANEVAL = Task(
+    'humaneval',
+    read_humaneval,
+    grade,
+    'https://github.com/openai/human-eval (humaneval/HumanEval.jsonl.gz)',
+    decoding=Decoding(512, stop=('\nclass', '\ndef', '\n#', '\nif', '\nprint', '\n@'), temperature=0.1, top_p=0.95),
+    helpers={'program': humaneval_program},
+    requires=('program',),
+)
+_MBPP = Task(
+    'mbpp',
+    read_mbpp,
+    grade,
+    'https://github.com/google-research/google-research/tree/master/mbpp (mbpp/mbpp.jsonl)',
+    shots=3,
+    decoding=Decoding(512, stop=('[DONE]',), temperature=0.1, top_p=0.95),
+    helpers={'program': mbpp_program},
+    requires=('program',),
+)
+
+
+def _many(task: Task, k: int) -> Task:
+    decoding = dataclasses.replace(task.decoding, temperature=0.8, samples=200)
+    return dataclasses.replace(task, name=f'{task.name}_pass{k}', decoding=decoding, measures=(f'pass@{k}', 'correct'))
+
+
+TASKS = [_HUMANEVAL, _many(_HUMANEVAL, 100), _MBPP, _many(_MBPP, 80)]

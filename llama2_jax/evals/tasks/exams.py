@@ -1,0 +1,105 @@
+"""BBH (Suzgun et al. 2022), 23 hard tasks answered directly, and AGIEval's English exams (Zhong et al. 2023)."""
+
+import ast
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from llama2_jax.evals.files import Files, read_rows, read_text
+from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, best
+
+EXAMS = ('aqua-rat', 'logiqa-en', 'lsat-ar', 'lsat-lr', 'lsat-rc', 'sat-en', 'sat-en-without-passage', 'sat-math')
+
+
+def read_bbh(reasoned: bool, files: Files, shots: int) -> list[Example]:
+    """Its 27 files; three examples each from cot-prompts/, of which the direct form keeps question and answer alone."""
+    examples = []
+    for path in files.find('bbh/*.json'):
+        name = os.path.basename(path).split('.')[0]
+        begin = _bbh_examples(read_text(files.find(f'cot-prompts/{name}.txt')[0]), shots, reasoned) if shots else ''
+        for row in files.rows(path):
+            for entry in row.get('examples', [row]):
+                end = "A: Let's think step by step." if reasoned else 'A:'
+                prompt = f'{begin}Q: {entry["input"]}\n{end}'
+                chat = f'{entry["input"]}\nEnd with "So the answer is …"'
+                examples.append(Example(str(entry['target']).strip(), prompt, chat, group=name))
+    return examples
+
+
+def _bbh_examples(text: str, shots: int, reasoned: bool) -> str:
+    """The description and some examples of a prompt file, which begins with a warning above a line of dashes."""
+    description, *solved = re.split(r'\n+Q: ', text.partition('-----\n')[2].strip())
+    shown = []
+    for example in solved[:shots]:
+        question, _, answer = example.partition('\nA:')
+        shown.append(f'Q: {question}\nA:{answer if reasoned else " " + bbh_answer(answer)}\n\n')
+    return f'{description}\n\n{"".join(shown)}'
+
+
+def bbh_answer(text: str) -> str:
+    """What follows 'the answer is', or else the first line.
+
+    >>> bbh_answer("Let's think step by step. … So the answer is (B).")
+    '(B)'
+    """
+    said = re.search(r'the answer is:?\s*(.*?)\.?\s*(?:\n|$)', text)
+    return said.group(1) if said else text.strip().split('\n')[0].strip()
+
+
+def grade_bbh(example: Example, outputs: Sequence[Any], given: Given) -> Record:
+    """Exact match, whatever the case and the final dot."""
+    prediction = bbh_answer(outputs[0]['text'])
+    return {'prediction': prediction, 'correct': float(_plain(prediction) == _plain(example.target))}
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip('.').lower()
+
+
+def read_agieval(files: Files, shots: int) -> list[Example]:
+    """The English exams with the benchmark's own examples, without their explanations: 5, or 3 where the texts are long."""
+    table = read_rows(files.find('few_shot_prompts.csv')[0]) if shots else []
+    examples = []
+    for name in EXAMS:
+        rows = list(files.rows(f'{name}.jsonl'))
+        begin, count = _agieval_examples(table, name, shots) if shots else ('', 0)
+        for row in rows:
+            if not row.get('options') or not row.get('label'):
+                continue
+            passage = row.get('passage') or ''
+            context = f'{begin}Problem {count + 1}.   {_agieval_question(passage, row)}The answer is therefore'
+            letters = [option[1] for option in row['options']]  # '(A)first option'
+            choices = tuple((context, f' {letter}') for letter in letters)
+            examples.append(Example(letters.index(row['label']), choices=choices, group=name))
+    return examples
+
+
+def _agieval_examples(table: Sequence[Sequence[str]], name: str, shots: int) -> tuple[str, int]:
+    """The examples of an exam and how many they are: every second row of the benchmark's table is a question as a Python dict."""
+    column = table[0].index('sat-en' if name == 'sat-en-without-passage' else name)
+    solved = [ast.literal_eval(row[column]) for row in table[1::2] if len(row) > column and row[column].strip()]
+    text = 'Here are the answers for the problems in the exam.\n'
+    for number, example in enumerate(solved[:shots], 1):
+        passage = '' if name == 'sat-en-without-passage' else example.get('passage') or ''
+        text += f'Problem {number}.   {_agieval_question(passage, example)}The answer is therefore {example["label"]}\n\n'
+    return text, len(solved[:shots])
+
+
+def _agieval_question(passage: str, row: Mapping[str, Any]) -> str:
+    return f'{passage} {row["question"]}\nChoose from the following options:    {" ".join(row["options"])}\n'
+
+
+_BBH_HOME = 'https://github.com/suzgunmirac/BIG-Bench-Hard (bbh/*.json, cot-prompts/*.txt)'
+TASKS = [
+    Task('bbh', partial(read_bbh, False), grade_bbh, _BBH_HOME, shots=3, decoding=Decoding(32, stop=('\n',))),
+    Task('bbh_cot', partial(read_bbh, True), grade_bbh, _BBH_HOME, shots=3, decoding=Decoding(512, stop=('\n\nQ:', '\nQ:'))),
+    Task(
+        'agieval',
+        read_agieval,
+        best,
+        'https://github.com/ruixiangcui/AGIEval (data/v1/*.jsonl, data/few_shot_prompts.csv)',
+        shots=5,
+    ),
+]

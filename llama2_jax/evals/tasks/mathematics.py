@@ -1,0 +1,88 @@
+"""GSM8K (Cobbe et al. 2021) after Wei et al.'s eight worked examples, and MATH (Hendrycks et al. 2021) after Minerva's four."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llama2_jax.evals.files import Files
+from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, votes
+from llama2_jax.evals.tasks import latex
+from llama2_jax.evals.tasks.worked import GSM8K, MATH
+
+NUMBER = re.compile(r'-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+')
+
+
+def read_gsm8k(files: Files, shots: int) -> list[Example]:
+    """Its test questions, or the file of this set that is there."""
+    begin = ''.join(f'Q: {question}\nA: {answer}\n\n' for question, answer in GSM8K[:shots])
+    rows = files.rows('gsm8k/**/test.jsonl', 'grade_school_math/**/test.jsonl', 'gsm8k/**/*.jsonl', tfds='gsm8k#test')
+    return [Example(extract_number(row['answer']), f'{begin}Q: {row["question"]}\nA:', row['question']) for row in rows]
+
+
+def extract_number(text: str) -> str:
+    """The number after '####' or 'The answer is', or else the last one; without commas, currency and a fraction of zero.
+
+    >>> extract_number('18 / 2 = 9. The answer is $1,009.00. Q: 5')
+    '1009'
+    """
+    said = re.search(rf'(?:####|[Tt]he (?:final )?answer is:?)\s*({NUMBER.pattern})', text)
+    found = [said.group(1)] if said else NUMBER.findall(text)
+    if not found:
+        return ''
+    number = re.sub(r'[$,]', '', found[-1])
+    number = re.sub(r'\.0*$|(\.\d*?)0+$', r'\1', number)
+    return f'0{number}' if number.startswith('.') else number
+
+
+def grade_gsm8k(example: Example, outputs: Sequence[Any], given: Given) -> Record:
+    """The number that most samples end with."""
+    return votes([extract_number(output['text']) for output in outputs], lambda answer: answer == example.target)
+
+
+def read_math(files: Files, shots: int) -> list[Example]:
+    """The test problems of all seven subjects."""
+    begin = ''.join(f'Problem:\n{problem}\n\nSolution:\n{solution}\n\n' for problem, solution in MATH[:shots])
+    examples = []
+    for path in files.find('MATH/test/*/*.json', 'math/test/*/*.json'):
+        for row in files.rows(path):
+            target = latex.normalise(latex.boxed(row['solution']))
+            prompt = f'{begin}Problem:\n{row["problem"]}\n\nSolution:'
+            examples.append(
+                Example(target, prompt, f'{row["problem"]}\nPut the final answer in \\boxed{{}}.', group=_subject(path))
+            )
+    return examples
+
+
+def _subject(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def grade_math(example: Example, outputs: Sequence[Any], given: Given) -> Record:
+    """The final answer that most samples give."""
+    return votes([latex.final_answer(output['text']) for output in outputs], lambda answer: answer == example.target)
+
+
+_GSM8K = Task(
+    'gsm8k',
+    read_gsm8k,
+    grade_gsm8k,
+    'https://github.com/openai/grade-school-math (gsm8k/test.jsonl)',
+    shots=8,
+    decoding=Decoding(512, stop=('\n\nQ:', '\nQ:')),
+)
+_MATH = Task(
+    'math',
+    read_math,
+    grade_math,
+    'https://people.eecs.berkeley.edu/~hendrycks/MATH.tar (MATH/test)',
+    shots=4,
+    decoding=Decoding(512, stop=('\nProblem:', '\n\n\n')),
+)
+TASKS = [
+    _GSM8K,
+    dataclasses.replace(_GSM8K, name='gsm8k_maj', decoding=dataclasses.replace(_GSM8K.decoding, temperature=0.7, samples=40)),
+    _MATH,
+    dataclasses.replace(_MATH, name='math_maj', decoding=dataclasses.replace(_MATH.decoding, temperature=0.7, samples=40)),
+]

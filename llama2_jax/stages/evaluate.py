@@ -1,0 +1,257 @@
+"""A model in, the paper's tables out: tasks one after the other, each resumable, and a table beside the paper's row."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.convert.load import open_model
+from llama2_jax.evals import report
+from llama2_jax.evals.ask import Asker
+from llama2_jax.evals.files import Files, Missing
+from llama2_jax.evals.measure import by_group, means
+from llama2_jax.evals.paper import size_of
+from llama2_jax.evals.task import Example, Task
+from llama2_jax.evals.tasks import TASKS, expand
+from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.graders import WANTED, Helper, make_helpers
+from llama2_jax.train.workdir import write_atomically
+
+CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure, and how.
+
+    Attributes:
+      model: of any format.
+      tasks: names of tasks and groups (`evals.tasks`).
+      data_dir: the folder of benchmarks.
+      output: the folder to write.
+      limit: examples of each task, spread over it; 0: all.
+      shots: solved examples in prompts; None: as many as the paper.
+      samples: of each question, where they are drawn; None: the task's own number.
+      chat: whether the chat format is used; None: if the model says that it was fine-tuned.
+      tfds: sets that are not in data_dir are read through TensorFlow Datasets.
+      run_generated_code: in the sandbox.
+      toxicity, truth_judge, info_judge, safety_judge: directories of classifiers and judges (`stages.graders`).
+    """
+
+    model: str
+    tasks: tuple[str, ...]
+    data_dir: str
+    output: str
+    limit: int = 0
+    shots: int | None = None
+    samples: int | None = None
+    chat: bool | None = None
+    tfds: bool = False
+    run_generated_code: bool = False
+    toxicity: str = ''
+    truth_judge: str = ''
+    info_judge: str = ''
+    safety_judge: str = ''
+    batch_size: int = 32
+    int8: bool = False
+    seed: int = 0
+
+
+def run(config: EvaluateConfig) -> None:
+    """Measures, or continues; writes TASK.jsonl and TASK.json for each task, and summary.json and table.md for all.
+
+    Raises:
+      UserError: any mistake; a task that was named, and not only its group, could not be run; or none could.
+    """
+    names = expand(config.tasks)
+    source = open_model(config.model)
+    chat = is_chat(source) if config.chat is None else config.chat
+    path = Path(config.output)
+    if is_main_process():
+        path.mkdir(parents=True, exist_ok=True)
+    judges = {'true': config.truth_judge, 'informative': config.info_judge, 'violates': config.safety_judge}
+    helpers = make_helpers(config.data_dir, config.run_generated_code, config.toxicity, judges)
+    engine = open_engine(config.model, config.batch_size, config.int8)
+    say(f'{config.model}: asked {"in the chat format" if chat else "with plain prompts"}.')
+    results, skipped = {}, {}
+    for name in names:
+        task = adapted(TASKS[name], config)
+        try:
+            if lacking := [WANTED[helper] for helper in task.requires if helper not in helpers]:
+                raise Missing('; '.join(lacking))
+            results[name] = run_task(task, config, Asker(engine, chat, config.seed), helpers, path)
+        except Missing as error:
+            skipped[name] = str(error) if task.requires and lacking else f'{error}; to be had at {task.home}'
+            say(f'{name} is left out: {skipped[name]}')
+    if not results:
+        raise UserError(f'No task could be run: {"; ".join(f"{name}: {why}" for name, why in skipped.items())}.')
+    finish(config, results, skipped, report.rows(results, size := size_of(engine.config), chat), size, chat)
+    if named := [name for name in config.tasks if name in skipped]:
+        raise UserError(f'{", ".join(named)} could not be run, see above; the other tasks were.')
+
+
+def is_chat(source) -> bool:
+    """Whether a model says of itself that it answers dialogs: by its stage, or where it comes from elsewhere by its name."""
+    stage = str(source.provenance.get('stage', ''))
+    return stage.startswith(CHAT_STAGES) if stage else 'chat' in source.path.name.lower()
+
+
+def adapted(task: Task, config: EvaluateConfig) -> Task:
+    """The task with the shots and samples that were asked for."""
+    shots = task.shots if config.shots is None else config.shots
+    decoding = task.decoding
+    if decoding and config.samples and decoding.temperature:
+        decoding = dataclasses.replace(decoding, samples=config.samples)
+    return dataclasses.replace(task, shots=shots, decoding=decoding)
+
+
+def run_task(task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[str, Helper], path: Path) -> dict[str, Any]:
+    """Outputs of the model, as far as they are not there yet, grades of them, and means."""
+    files = Files(config.data_dir, config.tfds)
+    examples = spread(task.read(files, task.shots), config.limit)
+    if not examples:
+        raise UserError(f'{task.name}: {", ".join(files.used)} holds no examples.')
+    settings = {
+        'model': os.path.abspath(config.model), 'int8': config.int8, 'chat': asker.chat, 'shots': task.shots,
+        'decoding': task.decoding and dataclasses.asdict(task.decoding), 'seed': config.seed, 'files': list(files.used),
+        'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))
+    result = path / f'{task.name}.json'
+    if result.exists():
+        done = json.loads(result.read_text(encoding='utf-8'))
+        if done['settings'] != settings:
+            raise UserError(f'{result} holds results of other settings or files: give another --output, or remove it.')
+        say(f'{task.name}: the results are there already.')
+        return done
+    say(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')
+    began = time.monotonic()
+    outputs, tokens = collect(task, settings, asker, examples, path / f'{task.name}.outputs.jsonl')
+    seconds = time.monotonic() - began
+    records = grade(task, examples, outputs, helpers)
+    if asker.cut:
+        say(f'{task.name}: {asker.cut:,} prompts were too long for the context and lost their beginnings.')
+    figures = means(records)
+    headline = task.headline(figures)
+    summary = {
+        'task': task.name,
+        'measures': figures,
+        'groups': by_group(records),
+        'values': [record[headline] for record in records if headline in record],
+        'examples': len(records),
+        'shots': task.shots,
+        'cut': asker.cut,
+        'seconds': seconds,
+        'tokens_per_second': tokens / max(seconds, 1e-9),
+        'settings': settings,
+    }
+    if is_main_process():
+        write_atomically(
+            path / f'{task.name}.jsonl', ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+        )
+        write_atomically(result, json.dumps(summary, indent=1))
+        (path / f'{task.name}.outputs.jsonl').unlink()
+    barrier(f'{task.name} done')
+    return summary
+
+
+def spread(examples: Sequence[Example], limit: int) -> list[Example]:
+    """So many of them, evenly spread, so that every subject is among them; all where `limit` is 0."""
+    if not limit or limit >= len(examples):
+        return list(examples)
+    return [examples[place] for place in np.linspace(0, len(examples) - 1, limit).astype(int)]
+
+
+def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example], path: Path) -> tuple[list[dict], int]:
+    """The output for each example {'index', 'outputs', 'prompt_hash'}, and how many tokens were read and written for it now.
+
+    They are written as they come, in no order; the same call again goes on.
+    """
+    found = resume(path, settings)
+    barrier(f'{task.name} begins')
+    todo = {index: example for index, example in enumerate(examples) if index not in found}
+    tokens = 0
+    bar = tqdm(total=len(examples), initial=len(found), desc=task.name, dynamic_ncols=True, disable=not is_main_process())
+    with bar, appending(path) as file:
+        if file and not path.stat().st_size:
+            file.write(json.dumps(settings) + '\n')
+        for output in asker.ask(task, todo):
+            line = {'index': output.index, 'prompt_hash': output.prompt_hash, 'outputs': output.outputs}
+            found[output.index] = line
+            tokens += output.tokens
+            if file:
+                file.write(json.dumps(line, ensure_ascii=False) + '\n')
+                file.flush()
+            bar.update()
+            bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s', refresh=False)
+    return [found[index] for index in range(len(examples))], tokens
+
+
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[TextIO | None]:
+    """The file, opened in the main process only."""
+    if not is_main_process():
+        yield None
+        return
+    with path.open('a', encoding='utf-8') as file:
+        yield file
+
+
+def resume(path: Path, settings: dict) -> dict[int, dict]:
+    """The outputs that are there by their examples; a last line that was cut short goes.
+
+    Raises:
+      UserError: they belong to other settings.
+    """
+    if not path.exists():
+        return {}
+    first, *lines = path.read_text(encoding='utf-8').split('\n')
+    if not lines:  # not even the settings were written
+        lines, first = [''], json.dumps(settings)
+    whole = [json.loads(line) for line in lines[:-1]]
+    if json.loads(first) != settings:
+        raise UserError(f'{path} holds outputs for other settings or files: give another --output, or remove it.')
+    barrier(f'{path.name} read')
+    if is_main_process():
+        write_atomically(path, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in [settings, *whole]))
+    return {line['index']: line for line in whole}
+
+
+def grade(task: Task, examples: Sequence[Example], outputs: Sequence[dict], helpers: Mapping[str, Helper]) -> list[dict]:
+    """The records: prediction, target, measures and outputs of each example."""
+    given: list[dict[str, list]] = [{} for _ in examples]
+    for name, question in task.helpers.items():
+        if name in helpers:
+            pairs = [(number, sample['text']) for number, output in enumerate(outputs) for sample in output['outputs']]
+            for answers in given:
+                answers[name] = []
+            replies = helpers[name]([question(examples[number], text) for number, text in pairs])
+            for (number, _), reply in zip(pairs, replies, strict=True):
+                given[number][name].append(reply)
+    return [
+        {'index': index, 'group': example.group, 'target': example.target}
+        | task.grade(example, output['outputs'], answers)
+        | {'prompt_hash': output['prompt_hash'], 'outputs': output['outputs']}
+        for index, (example, output, answers) in enumerate(zip(examples, outputs, given, strict=True))
+    ]
+
+
+def finish(config: EvaluateConfig, results: dict, skipped: dict, table: list[dict], size: str | None, chat: bool) -> None:
+    """Writes summary.json and table.md, and prints the table."""
+    text = report.markdown(table, size, chat)
+    say('\n' + text)
+    if is_main_process():
+        summary = {'model': os.path.abspath(config.model), 'chat': chat, 'size': size, 'skipped': skipped, 'table': table}
+        write_atomically(Path(config.output) / 'summary.json', json.dumps(summary, indent=1))
+        lines = [f'\n{name} is left out: {why}.\n' for name, why in skipped.items()]
+        write_atomically(Path(config.output) / 'table.md', text + ''.join(lines))
