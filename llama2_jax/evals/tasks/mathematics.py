@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import llama2_jax.evals.tasks.latex as latex
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, votes
-from llama2_jax.evals.tasks import latex
 from llama2_jax.evals.tasks.worked import GSM8K, MATH
 
 NUMBER = re.compile(r'-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+')
