@@ -92,7 +92,7 @@ PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_13b': llama2_13b, 'llam
 
 def run(config: PPOConfig, workdir: str) -> None:
     """PPO; what is not given of policy and reward models is trained first."""
-    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, Path(workdir) / 'models')
+    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, config.prompts, Path(workdir) / 'models')
     ppo.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
 
 

@@ -88,8 +88,10 @@ def llama2(size: str) -> RejectionConfig:
 PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_13b': llama2_13b, 'llama2_70b': llama2_70b}
 
 
-def beginnings(policy: str, rewards: RewardsConfig, home: Path) -> tuple[str, RewardsConfig]:
-    """The policy and the reward models; those of the toy world that are not given are trained in `home`."""
+def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home: Path) -> tuple[str, RewardsConfig]:
+    """The policy and the reward models; in the toy world those that are not given are trained in `home`."""
+    if not prompts.mixture.startswith('toy:'):
+        return policy, rewards
     if not policy:
         policy = str(home / 'sft' / 'model')
         if not Path(policy).exists():
@@ -107,7 +109,7 @@ def beginnings(policy: str, rewards: RewardsConfig, home: Path) -> tuple[str, Re
 
 def run(config: RejectionConfig, workdir: str) -> None:
     """A round; the policy is what is fine-tuned, too, unless `sft.init_from` says otherwise."""
-    policy, rewards = beginnings(config.sample_from, config.rewards, Path(workdir) / 'models')
+    policy, rewards = beginnings(config.sample_from, config.rewards, config.prompts, Path(workdir) / 'models')
     sft = dataclasses.replace(config.sft, init_from=config.sft.init_from or policy)
     rejection.run(dataclasses.replace(config, sample_from=policy, rewards=rewards, sft=sft), workdir)
 

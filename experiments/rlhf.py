@@ -57,7 +57,9 @@ PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_70b': llama2_70b}
 
 def run(config: RlhfConfig, workdir: str) -> None:
     """The loop; what is not given of the first chat model and the reward models is trained first."""
-    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, Path(workdir) / 'models')
+    policy, rewards = rejection_sampling.beginnings(
+        config.init_from, config.rewards, config.ppo.prompts, Path(workdir) / 'models'
+    )
     rlhf.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
 
 

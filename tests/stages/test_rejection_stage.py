@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.orbax import save_model
@@ -26,6 +27,22 @@ from llama2_jax.train.optimizer import OptimizerConfig
 
 SHAPE = ModelConfig(vocab_size=290, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
 QUESTIONS = [f'What is {a} and {b}?' for a in range(5) for b in range(4)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run of a stage compiles its programs; here all but the first find them."""
+    settings = {
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('jit')),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 @pytest.fixture(autouse=True)
