@@ -26,7 +26,16 @@ from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
 SHAPE = ModelConfig(vocab_size=290, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
+DEVICES = jax.devices
 QUESTIONS = [f'What is {a} and {b}?' for a in range(5) for b in range(4)]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+    """Eight faked devices take turns on a few cores, and none of what is tested here needs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *platform: DEVICES(*platform)[:1])
+        yield
 
 
 @pytest.fixture(scope='module', autouse=True)
