@@ -23,7 +23,7 @@ def constant(rate: float) -> OptimizerConfig:
 
 
 def tiny() -> PPOConfig:
-    """The toy world: three minutes on two cores.
+    """The toy world, a policy and rewards of 1M parameters each.
 
     python experiments/ppo.py --workdir=ppo
 
@@ -32,14 +32,14 @@ def tiny() -> PPOConfig:
     return PPOConfig(
         prompts=rejection_sampling.PROMPTS,
         optimizer=constant(2e-4),
-        value_optimizer=constant(5e-4),
+        value_optimizer=constant(1e-3),
         iterations=30,
-        batch_size=128,
-        minibatch_size=32,
+        batch_size=64,
+        minibatch_size=16,
         max_new_tokens=rejection_sampling.ANSWER,
         beta=0.02,
         eval_every=10,
-        eval_prompts=128,
+        eval_prompts=96,
         judge='oracle',
     )
 

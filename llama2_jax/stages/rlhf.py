@@ -26,6 +26,11 @@ from llama2_jax.stages.rollout import RewardsConfig, Rollout, open_rewards, read
 from llama2_jax.train.metrics import save_figure
 from llama2_jax.train.workdir import open_workdir, write_atomically
 
+# What a resumed run may change, as no result depends on it beyond rounding.
+MAY_CHANGE = (
+    *('ppo.mesh', 'ppo.compute', 'ppo.decode_batch', 'ppo.checkpoint_every', 'ppo.alarms'),
+    *('rejection.decode_batch', 'rejection.sft.mesh', 'rejection.sft.loop'),
+)
 Rates = dict[str, tuple[float, float]]  # a mean and half its 95 % interval
 
 
@@ -64,7 +69,8 @@ def run(config: RlhfConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    path = open_workdir(workdir, config, ('evaluation', 'evaluation_prompts', 'ppo', 'rejection'))  # which guard themselves
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    path = open_workdir(workdir, config, MAY_CHANGE if (Path(workdir) / 'v1').exists() else fields)
     models, done, policy = {'SFT': config.init_from}, [], config.init_from
     for number in range(1, config.versions + 1):
         last = number == config.versions

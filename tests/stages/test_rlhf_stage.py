@@ -69,5 +69,6 @@ def test_every_version_samples_from_the_one_before_and_remembers_all(tmp_path, m
     assert rows['RLHF-v1']['harmlessness wins, oracle'] == [1.0, 0.0] and rows['SFT']['violations'] == [1.0, 0.0]
     assert '| RLHF-v3 (with PPO) | 100.0 ± 0.0 |' in (tmp_path / 'versions.md').read_text()
     assert (tmp_path / 'versions.png').stat().st_size > 5000
+    (tmp_path / 'v1').mkdir()
     with pytest.raises(UserError, match='belongs to a run with versions=3, and this one has versions=2'):
         rlhf.run(dataclasses.replace(config, versions=2), tmp_path)
