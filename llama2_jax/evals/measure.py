@@ -12,7 +12,9 @@ Record = Mapping[str, Any]
 
 def means(records: Sequence[Record]) -> dict[str, float]:
     """The mean of every measure, over the records that have it."""
-    names = dict.fromkeys(name for record in records for name, value in record.items() if type(value) is float)
+    names = dict.fromkeys(
+        name for record in records for name, value in record.items() if type(value) is float and name != 'prediction'
+    )
     return {name: float(np.mean([record[name] for record in records if name in record])) for name in names}
 
 

@@ -215,7 +215,7 @@ def test_majorities(files):
 
 
 def test_figures():
-    records = [{'group': 'ab'[n % 2], 'correct': float(n < 30), 'prediction': n} for n in range(100)]
+    records = [{'group': 'ab'[n % 2], 'correct': float(n < 30), 'prediction': n / 7} for n in range(100)]
     assert means(records) == {'correct': 0.3} and by_group(records) == {'a': {'correct': 0.3}, 'b': {'correct': 0.3}}
     low, high = interval(resampled([record['correct'] for record in records], 'x'))
     # The normal interval of a share of 0.3 among 100.
