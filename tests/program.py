@@ -110,7 +110,7 @@ def kill_one(processes, victim, workdir, step, pause=0.0):
         time.sleep(0.001)
     time.sleep(pause)
     processes[victim].kill()
-    said = [process.communicate(timeout=150)[1] for process in processes]
+    said = [process.communicate(timeout=250)[1] for process in processes]
     assert all(process.returncode for process in processes)
     return [text for index, text in enumerate(said) if index != victim]
 

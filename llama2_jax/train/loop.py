@@ -90,12 +90,13 @@ def fit(
     """
     workdir = Path(workdir).absolute()
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
-    with no_space_is_said(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:
+    # The watch is outermost: when a process is lost, leaving the checkpoints may wait for it.
+    with Watch() as watch, no_space_is_said(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:
         state, progress = checkpoints.restore(abstract_state) or (None, {})
         progress = Progress(**progress)
         state = init() if state is None else state
         meter = Meter(flops_per_step, peak_flops)
-        with Interruption() as interruption, Watch() as watch, Report(workdir, progress, meter, steps) as report:
+        with Interruption() as interruption, Report(workdir, progress, meter, steps) as report:
 
             def settle(number, metrics, records, evaluation=None):
                 line = report.complete(number, metrics)
