@@ -65,6 +65,7 @@ def test_quickstart(quickstart, home):
     [
         ('chat_with_llama2', r'parameters, a context of 256 tokens\n> What is .*tokens: <s> .*\n- '),
         ('sft_lora', r"before: .*after: .*\['adapter_config.json', 'adapter_model.safetensors'"),
+        ('rlhf_toy', r'--- before\n> .*--- after\n> '),
         ('export_to_pytorch', r'tokens; logits differ by [\d.]+e-0\d at most\nOnce upon a time'),
     ],
 )
