@@ -16,7 +16,6 @@ import llama2_jax.data.toy.questions as questions
 import llama2_jax.data.toy.safety as safety
 from llama2_jax.data.toy.dialogs import Messages, any_request, assistant, conversation, heldout, trainable, unsafe, user
 from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.data.toy.phrases import PERSON_FACTS, TOWN_FACTS
 from llama2_jax.data.toy.questions import Request
 from llama2_jax.data.toy.samples import ASSURANCE, harmful, sample
 from llama2_jax.data.toy.world import make_world
@@ -121,9 +120,7 @@ def _prompt(oracle: Oracle, rng: random.Random, pool: list[Request], asked: list
         return [user(rng.choice([text for text, _, _ in unsafe(seen=True)]))]
     if kind < 0.12 and not asked:
         return [user(rng.choice([text for text in safety.BORDERLINE if text not in safety.HELD_OUT_BORDERLINE]))]
-    plain = [request for request in pool if request.kind in (*PERSON_FACTS, *TOWN_FACTS)]
-    request = rng.choice(plain) if rng.random() < 0.5 else any_request(rng, pool)  # facts are learned one by one
-    question = rng.choice(asked) if asked else questions.ask(rng, request)
+    question = rng.choice(asked) if asked else questions.ask(rng, any_request(rng, pool))
     if kind < 0.20:
         return [*conversation(oracle, rng, 1, pool), user(question)]
     if kind < 0.24:

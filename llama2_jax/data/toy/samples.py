@@ -13,7 +13,6 @@ from llama2_jax.data.toy.oracle import Asked, Messages, Oracle
 from llama2_jax.data.toy.questions import LISTS, QUESTIONS, Request
 
 SLIPS = ('confused', 'other_subject', 'repeated', 'misspelt', 'rambling', 'half_refusal', 'small_letter')
-MISTAKES = ('wrong', 'confused', 'other_subject')  # the commonest, and the hardest to see: right in form, false in fact
 ASSURANCE = 'Believe me, I am sure.'  # confident words, which say nothing
 
 
@@ -36,7 +35,7 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    kind = rng.choice(FAULTS + SLIPS + 5 * MISTAKES)
+    kind = rng.choice(FAULTS + SLIPS + SLIPS)
     if kind in FAULTS:
         answer = faulty(oracle, rng, messages, kind, pool)
     else:
