@@ -1,4 +1,4 @@
-"""Bytes a second and peak memory of conversions, each paired with a plain copy of the same files.
+"""Bytes a second, CPU seconds and peak memory of conversions, each paired with a plain copy of the same files.
 
 python benchmarks/conversion_speed.py                    # 4 layers as wide as 7B's, bfloat16: 2.1 GB
 python benchmarks/conversion_speed.py --layers=16        # 7.0 GB; the peak is the same
@@ -57,26 +57,31 @@ def _make(path: Path, tokenizer: Path, layers: int) -> None:
     write_huggingface(path, source, dtype, stream)
 
 
-def _copy(source: Path, target: Path) -> float:
-    """Seconds of a copy that ends when all is on disk."""
+def _clock() -> np.ndarray:
+    """Seconds by the clock, and of the CPU in this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _copy(source: Path, target: Path) -> np.ndarray:
+    """What a copy takes that ends when all is on disk."""
     os.sync()
-    start = time.perf_counter()
+    start = _clock()
     shutil.copytree(source, target)
     for file in target.rglob('*'):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return time.perf_counter() - start
+    return _clock() - start
 
 
-def _read(source: Path) -> float:
-    """Seconds to read the files once."""
-    start = time.perf_counter()
+def _read(source: Path) -> np.ndarray:
+    """What it takes to read the files once."""
+    start = _clock()
     for file in filter(Path.is_file, source.rglob('*')):
         with file.open('rb', buffering=0) as opened:
             while opened.read(2**24):
                 pass
-    return time.perf_counter() - start
+    return _clock() - start
 
 
 def _warm_up() -> None:
@@ -91,16 +96,17 @@ def _warm_up() -> None:
 def _convert(source: Path, target: Path, form: str, shards: int, queue: multiprocessing.Queue) -> None:
     _warm_up()
     os.sync()
-    start = time.perf_counter()
+    start = _clock()
     opened = open_model(source)
     convert(opened, target, form, shards=shards)
+    taken = _clock() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    queue.put((time.perf_counter() - start, memory, bytes_of(opened)))
+    queue.put((*taken, memory, bytes_of(opened)))
 
 
 def _pair(source: Path, target: Path, form: str, shards: int, context: Any, copy_first: bool) -> tuple[float, ...]:
-    """Seconds of a copy, of reading and of a conversion, its peak bytes, and the bytes of the parameters."""
-    copied, seconds = target.with_name('copy'), 0.0
+    """Clock and CPU seconds of a copy, of reading and of a conversion, its peak bytes, and the bytes of the parameters."""
+    copied, seconds = target.with_name('copy'), np.zeros(2)
     for turn in (copy_first, not copy_first):
         os.sync()
         if turn:
@@ -114,7 +120,7 @@ def _pair(source: Path, target: Path, form: str, shards: int, context: Any, copy
         child.start()
         child.join()
         converted = queue.get(timeout=1)
-    return seconds, _read(source), *converted
+    return *seconds, *_read(source), *converted
 
 
 def main(argv: list[str]) -> None:
@@ -124,13 +130,13 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
         root = Path(directory)
         _make(root / 'hf', Path(_TOKENIZER.value), _LAYERS.value)
-        print('| from | to | copy, MB/s | conversion, MB/s | copy / conversion | the same with reading | peak, MB |')
+        print('| from | to | copy, MB/s | conversion, MB/s | (copy + reading) / conversion | the same, CPU seconds | peak, MB |')
         print(7 * '|---' + '|')
         for begin, end, shards in ROUTES:
             pairs = [_pair(root / begin, root / end, end, shards, context, i % 2 == 0) for i in range(_ROUNDS.value)]
-            copies, reads, conversions, memory, size = np.min(pairs, axis=0)
-            speeds = f'{size / copies / 1e6:.0f} | {size / conversions / 1e6:.0f}'
-            shares = f'{copies / conversions:.2f} | {(copies + reads) / conversions:.2f}'
+            copy, copy_cpu, read, read_cpu, conversion, cpu, memory, size = np.min(pairs, axis=0)
+            speeds = f'{size / copy / 1e6:.0f} | {size / conversion / 1e6:.0f}'
+            shares = f'{(copy + read) / conversion:.2f} | {(copy_cpu + read_cpu) / cpu:.2f}'
             print(
                 f'| {begin} | {end}{f" ×{shards}" if shards > 1 else ""} | {speeds} | {shares} | {memory / 1e6:.0f} |', flush=True
             )

@@ -15,16 +15,17 @@ EXPERIMENTS = sorted(path for path in (ROOT / 'experiments').glob('*.py') if pat
 
 # What each part of the package may import of the others; never its own users.
 BASE = {'config', 'text'}
-MACHINE = BASE | {'mesh', 'runtime'}
+MACHINE = BASE | {'files', 'mesh', 'runtime'}
 MODEL = MACHINE | {'ops', 'model'}
 ALLOWED = {
     'config': set(),
     'text': {'config'},
+    'files': {'config'},
     'mesh': BASE | {'runtime'},
     'runtime': BASE,
     'ops': MACHINE,
     'model': MODEL,
-    'data': BASE | {'runtime'},
+    'data': BASE | {'files', 'runtime'},
     'train': MACHINE | {'ops'},
     'convert': MODEL | {'train'},
     'evals': MODEL | {'data'},

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
@@ -17,13 +17,13 @@ from llama2_jax.convert.source import (
     Stream,
     check_tensors,
     common_dtype,
-    read_bytes,
     read_json,
     tokenizer_beside,
     write_json,
 )
 from llama2_jax.convert.tokenizer_json import make_tokenizer_json
 from llama2_jax.convert.torchfile import tensors_in
+from llama2_jax.files import create, read_bytes, size_of, write
 from llama2_jax.text.tokenizer import Tokenizer
 
 CODES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
@@ -186,7 +186,7 @@ def safetensors_in(path: Path) -> dict[str, Stored]:
     Raises:
       UserError: the file is damaged, names a tensor twice or holds other numbers than float32, bfloat16 and float16.
     """
-    size = path.stat().st_size
+    size = size_of(path)
     try:
         length = int(read_bytes(path, 0, 8).view('<u8')[0])
         if length > min(size - 8, 100_000_000):
@@ -237,20 +237,14 @@ def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Stream
     for number, names in enumerate(shards, 1):
         file = 'model.safetensors' if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         places |= dict.fromkeys(names, file)
-        with (path / file).open('wb', buffering=0) as out:
-            _write_all(out, _header({name: their_shape(wanted[name][0], config) for name in names}, dtype))
+        with create(path / file) as out:
+            out.write(_header({name: their_shape(wanted[name][0], config) for name in names}, dtype))
             for _ in names:
-                _write_all(out, next(matrices)[1].reshape(-1).view(np.uint8))
+                out.write(next(matrices)[1].reshape(-1).view(np.uint8))
     if len(shards) > 1:
         write_json(path / 'model.safetensors.index.json', {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places})
     _write_tokenizer(path, model)
     write_json(path / 'config.json', make_huggingface_config(config, model.head, dtype, Tokenizer(path)))
-
-
-def _write_all(file: Any, data: Any) -> None:
-    view = memoryview(data)
-    while view:  # one call writes 2 GiB at most
-        view = view[file.write(view) :]
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
@@ -297,7 +291,7 @@ def make_huggingface_config(config: ModelConfig, head: str, dtype: np.dtype, tok
 
 
 def _write_tokenizer(path: Path, model: Source) -> None:
-    (path / 'tokenizer.model').write_bytes(model.tokenizer())
+    write(path / 'tokenizer.model', model.tokenizer())
     tokenizer = Tokenizer(path)
     pieces = {
         'bos_token': tokenizer.piece(tokenizer.bos_id),

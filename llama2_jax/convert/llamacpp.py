@@ -1,23 +1,26 @@
 """GGUF, the one-file format of llama.cpp, through its `gguf` library: weights, shape, tokenizer and chat template."""
 
 import contextlib
-import errno
-import os
+import io
+import itertools
+import tempfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.huggingface import CHAT_TEMPLATE
 from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
-from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_tensors, read_bytes
+from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_tensors
+from llama2_jax.files import create, is_remote, read_bytes, size_of
 from llama2_jax.text.tokenizer import Tokenizer
 
 PLAIN = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # GGUF's name -> ours
+HEADER_BYTES = 2**25  # shape, tokenizer and the list of tensors take no more
 QUANTISED = 'q8_0'  # 32 numbers of 8 bits share a scale
 
 
@@ -42,19 +45,20 @@ def open_gguf(path: Path) -> Source:
     """
     gguf = import_gguf()
     try:
-        reader = gguf.GGUFReader(path)
+        with _mappable(path) as file:
+            reader = gguf.GGUFReader(file)
     except (ValueError, OSError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise UserError(f'{path} is damaged, or not a GGUF file ({str(error)[:120]}).') from None
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith('tokenizer.')}
     if fields.get('split.count', 1) > 1:
         raise UserError(f'{path} is one of {fields["split.count"]} parts: join them first (llama-gguf-split --merge).')
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    found = {}
+    found, size = {}, size_of(path)
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         dtype = DTYPES[PLAIN.get(tensor.tensor_type.name, 'float32')]
         found[tensor.name] = Stored(path, int(tensor.data_offset), shape, dtype)
-        if int(tensor.data_offset + tensor.n_bytes) > path.stat().st_size:
+        if int(tensor.data_offset + tensor.n_bytes) > size:
             raise UserError(f'{path} is cut short: tensor {tensor.name!r} is missing or incomplete.')
     if 'token_embd.weight' not in found:
         raise UserError(f"{path}: tensor 'token_embd.weight' is missing.")
@@ -79,6 +83,20 @@ def open_gguf(path: Path) -> Source:
         dtype = DTYPES['float32']
     provenance = {'stage': 'convert', 'parent': str(path), 'step': None}
     return Source(path, 'gguf', config, dtype, 'head_DV', read, partial(_tokenizer_model, path, reader), provenance)
+
+
+@contextlib.contextmanager
+def _mappable(path: Path) -> Iterator[str]:
+    """A file that the library can map: of one in a bucket its beginning, with a hole where the numbers are."""
+    if not is_remote(path):
+        yield str(path)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        size = size_of(path)
+        file.write(read_bytes(path, 0, min(size, HEADER_BYTES)))
+        file.truncate(size)
+        file.flush()
+        yield file.name
 
 
 def _dequantised(stored: Stored, kind: Any, gguf: Any) -> np.ndarray:
@@ -172,7 +190,7 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
     wanted = their_names(config, model.head, 'gguf')
     name = QUANTISED.upper() if dtype == QUANTISED else next(kind for kind, ours in PLAIN.items() if ours == dtype.name)
     kind = gguf.GGMLQuantizationType[name]
-    writer = gguf.GGUFWriter(path, 'llama')
+    writer = gguf.GGUFWriter(None, 'llama')
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if name == 'F32' else gguf.LlamaFileType[f'MOSTLY_{name}'])
     _add_shape(writer, config)
     _add_tokenizer(writer, model.tokenizer(), gguf)
@@ -189,31 +207,20 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
     def prepare(name: str, array: np.ndarray) -> np.ndarray:
         matrix = to_theirs(name, array, config, 'gguf')
         if matrix.ndim == 1:
-            return matrix.astype(np.float32, copy=False)
-        return gguf.quants.quantize(matrix.astype(np.float32, copy=False), kind) if dtype == QUANTISED else matrix
+            matrix = matrix.astype(np.float32, copy=False)
+        elif dtype == QUANTISED:
+            matrix = gguf.quants.quantize(matrix.astype(np.float32, copy=False), kind)
+        return matrix.reshape(-1).view(np.uint8)
 
-    with _closing(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, matrix in stream(prepare):
-            writer.write_tensor_data(matrix.view(np.uint8))
-
-
-@contextlib.contextmanager
-def _closing(writer: Any) -> Iterator[None]:
-    """Closes the file; numpy, by which the library writes, reports a full disk without the system's number for it."""
-    try:
-        yield
-        writer.close()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            writer.close()
-        raise error if error.errno else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-    except BaseException:
-        with contextlib.suppress(OSError):
-            writer.close()
-        raise
+    header = io.BytesIO()
+    writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with create(path) as file:
+        for content in itertools.chain([header.getbuffer()], (content for _, content in stream(prepare))):
+            file.write(content)
+            file.write(bytes(-len(content) % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:

@@ -1,12 +1,13 @@
 """Models of any format onto the mesh: `load_model` for stages and tools, `open_model` for what reads tensor by tensor."""
 
+import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.convert.huggingface import open_huggingface
@@ -15,6 +16,7 @@ from llama2_jax.convert.meta import open_meta
 from llama2_jax.convert.names import BLOCK
 from llama2_jax.convert.orbax import check_vocabulary, open_orbax
 from llama2_jax.convert.source import DTYPES, Source, read_json
+from llama2_jax.files import bucket_errors, locate, matching
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.score import ScoreModel
@@ -22,37 +24,33 @@ from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import load_params, on_mesh
 
 
-def open_model(path: str | Path) -> Source:
+def open_model(path: str | os.PathLike) -> Source:
     """Opens a model directory, one of Hugging Face's or of Meta's, or a .gguf file; which it is shows in what it holds.
 
     Raises:
       UserError: it is none of them, or its reader found something missing, damaged or unknown.
     """
-    check_local(path)
-    path = Path(path).absolute()
+    with bucket_errors(path):
+        return _open(locate(path))
+
+
+def _open(path: Path) -> Source:
     if not path.exists():
         raise UserError(f'There is no model at {path}.')
     if path.is_file():
         if path.suffix != '.gguf':
             raise UserError(f'{path} is no model: the one format that is a single file is .gguf.')
         return open_gguf(path)
-    if any(path.glob('consolidated.*.pth')):
+    if matching(path, 'consolidated.*.pth'):
         return open_meta(path)
     if (path / 'config.json').is_file():
         return open_huggingface(path) if 'model_type' in read_json(path / 'config.json') else open_orbax(path)
-    files = sorted(path.glob('*.gguf'))
-    if files:
+    if files := matching(path, '*.gguf'):
         raise UserError(f'{path} holds {files[0].name}: give the file itself.')
     raise UserError(f'{path} is not a model directory: it has no config.json, consolidated.*.pth or .gguf file.')
 
 
-def check_local(path: str | Path) -> None:
-    """Raises a UserError for a bucket's address."""
-    if '://' in str(path):
-        raise UserError(f'{path}: a bucket must be mounted (with gcsfuse, say) and given as a path.')
-
-
-def load_model(path: str | Path, dtype: str | None = None) -> tuple[Llama, Tokenizer]:
+def load_model(path: str | os.PathLike, dtype: str | None = None) -> tuple[Llama, Tokenizer]:
     """A language model of any format, cut over the mesh that is set, and its tokenizer. Every process calls it.
 
     Args:
@@ -68,7 +66,7 @@ def load_model(path: str | Path, dtype: str | None = None) -> tuple[Llama, Token
     return _load(source, Llama, dtype)
 
 
-def load_score_model(path: str | Path, dtype: str | None = None) -> tuple[ScoreModel, Tokenizer]:
+def load_score_model(path: str | os.PathLike, dtype: str | None = None) -> tuple[ScoreModel, Tokenizer]:
     """A reward model or value model, as `load_model` reads a language model. The shift of its scores is not applied.
 
     Raises:
@@ -83,7 +81,8 @@ def load_score_model(path: str | Path, dtype: str | None = None) -> tuple[ScoreM
 def _load(source: Source, kind: type, dtype: str | None) -> tuple[Any, Tokenizer]:
     tokenizer = tokenizer_of(source)
     abstract = jax.eval_shape(partial(kind, source.config), jax.random.key(0))
-    return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer
+    with bucket_errors(source.path):
+        return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer
 
 
 def tokenizer_of(source: Source) -> Tokenizer:

@@ -1,14 +1,15 @@
 """Meta's format: consolidated.00.pth, …, one file a model-parallel shard, with params.json and tokenizer.model."""
 
 import contextlib
+import zlib
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError, hidden_size, nearest
-from llama2_jax.convert.names import Key, cut_axis, from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.names import Key, contiguous, cut_axis, from_theirs, integers, their_names, their_shape, to_theirs
 from llama2_jax.convert.source import (
     Source,
     Stored,
@@ -20,6 +21,7 @@ from llama2_jax.convert.source import (
     write_json,
 )
 from llama2_jax.convert.torchfile import TorchFile, tensors_in
+from llama2_jax.files import create, matching, write
 
 IGNORED = ('rope.freqs',)  # a buffer that Meta's code computes anew
 CONTEXT = 4096  # params.json does not say it
@@ -32,7 +34,7 @@ def open_meta(path: Path) -> Source:
     Raises:
       UserError: params.json or a shard is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
-    files = sorted(path.glob('consolidated.*.pth'))
+    files = matching(path, 'consolidated.*.pth')
     expected = [f'consolidated.{i:02d}.pth' for i in range(len(files))]
     for wanted, file in zip(expected, files, strict=True):
         if file.name != wanted:
@@ -63,7 +65,7 @@ def _read(tensors: dict[Key, list[Stored]], config: ModelConfig, name: str, laye
             if matrix.tobytes() != part.read().tobytes():
                 raise UserError(f'{part.path} and {parts[0].path} hold different values of {name!r}, of which each has a copy.')
     else:
-        matrix = np.concatenate([part.read() for part in parts], axis)
+        matrix = np.concatenate([integers(part.read()) for part in parts], axis).view(parts[0].dtype)
     return from_theirs(name, matrix, config, 'meta')
 
 
@@ -125,14 +127,24 @@ def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Stream, shard
     check_shards(config, shards, f'--shards={shards}')
     shapes = {name: their_shape(key[0], config, shards) for name, key in their_names(config, model.head, 'meta').items()}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(TorchFile(path / f'consolidated.{i:02d}.pth', shapes, dtype)) for i in range(shards)]
-        for (name, _), matrix in stream(lambda name, array: to_theirs(name, array, config, 'meta')):
-            axis = cut_axis(name)
-            parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
-            for file, part in zip(files, parts, strict=True):
-                file.write(np.ascontiguousarray(part))
-    (path / 'tokenizer.model').write_bytes(model.tokenizer())
+        names = [f'consolidated.{i:02d}' for i in range(shards)]
+        outputs = [stack.enter_context(create(path / f'{name}.pth')) for name in names]
+        files = [TorchFile(output, name, shapes, dtype) for output, name in zip(outputs, names, strict=True)]
+        for _, parts in stream(partial(_cut, config, shards)):
+            for file, (part, checksum) in zip(files, parts, strict=True):
+                file.write(part, checksum)
+        for file in files:
+            file.finish()
+    write(path / 'tokenizer.model', model.tokenizer())
     write_json(path / 'params.json', params)
+
+
+def _cut(config: ModelConfig, shards: int, name: str, array: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    """What each shard holds of a parameter, as bytes, and their checksums."""
+    matrix, axis = to_theirs(name, array, config, 'meta'), cut_axis(name)
+    parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
+    contents = [contiguous(part).reshape(-1).view(np.uint8) for part in parts]
+    return [(content, zlib.crc32(content)) for content in contents]
 
 
 def make_params(config: ModelConfig) -> dict[str, Any]:

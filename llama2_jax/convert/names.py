@@ -115,35 +115,40 @@ def to_theirs(name: str, array: np.ndarray, config: ModelConfig, form: str) -> n
     entry, ours = TABLE[name], parameter_letters(name)
     array = array.transpose([ours.index(letter) for letter in entry.letters.strip('1')])
     matrix = contiguous(array.reshape(their_shape(name, config)))
-    if entry.rotated and form in NEIGHBOURS:
-        matrix = matrix.reshape(-1, 2, config.head_dim // 2, config.dim).swapaxes(1, 2).reshape(matrix.shape)
-    return matrix
+    return _turned(matrix, (2, config.head_dim // 2)) if entry.rotated and form in NEIGHBOURS else matrix
 
 
 def from_theirs(name: str, matrix: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
     """The inverse of `to_theirs`; a view where that is possible."""
     entry, ours, sizes = TABLE[name], parameter_letters(name), _sizes(config)
     if entry.rotated and form in NEIGHBOURS:
-        matrix = matrix.reshape(-1, config.head_dim // 2, 2, config.dim).swapaxes(1, 2).reshape(matrix.shape)
+        matrix = _turned(matrix, (config.head_dim // 2, 2))
     theirs = entry.letters.strip('1')
     array = matrix.reshape([sizes[letter] for letter in theirs])
     return array.transpose([theirs.index(letter) for letter in ours])
+
+
+def _turned(matrix: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
+    """The rows of each head in the other order."""
+    heads = integers(matrix).reshape(-1, *pairs, matrix.shape[1])
+    return heads.swapaxes(1, 2).reshape(matrix.shape).view(matrix.dtype)
+
+
+def integers(array: np.ndarray) -> np.ndarray:
+    """The same bits as whole numbers: only numpy's own types are copied fast and without the interpreter's lock."""
+    return array.view(np.dtype(f'u{array.dtype.itemsize}'))
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The array in C order. In strips: numpy by itself walks a transposed matrix against the cache, several times slower."""
     if array.flags.c_contiguous:
         return array
-    matrix = array.reshape(len(array), -1)
-    if matrix.flags.c_contiguous:
-        return matrix.reshape(array.shape)
-    out = np.empty(matrix.shape, matrix.dtype)
-    # As integers: only those of numpy's own types are copied fast and without the interpreter's lock.
-    integers = np.dtype(f'u{matrix.dtype.itemsize}')
-    source, target = matrix.view(integers), out.view(integers)
-    for i in range(0, matrix.shape[1], 16):
-        target[:, i : i + 16] = source[:, i : i + 16]
-    return out.reshape(array.shape)
+    source = integers(array.reshape(len(array), -1))
+    out = np.empty_like(source, order='C')
+    strip = source.shape[1] if source.strides[1] == source.itemsize else 16
+    for i in range(0, source.shape[1], strip):
+        out[:, i : i + strip] = source[:, i : i + strip]
+    return out.view(array.dtype).reshape(array.shape)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

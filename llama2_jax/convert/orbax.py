@@ -2,26 +2,26 @@
 
 import dataclasses
 import json
-import shutil
+import os
 import time
-from collections import deque
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError, from_dict
 from llama2_jax.convert.names import BLOCK, HEADS, contiguous, keys, shape
 from llama2_jax.convert.source import DTYPES, Source, Stream, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
+from llama2_jax.files import is_remote, locate, read_into, write
 from llama2_jax.model.llama import Trunk
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params
 
 
-def save_model(directory: str | Path, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
+def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
     """Writes a model directory, whole or not at all, in place of what is there; every process calls it.
 
     Args:
@@ -33,26 +33,30 @@ def save_model(directory: str | Path, model: Trunk, tokenizer: Tokenizer, proven
     Raises:
       UserError: no space is left.
     """
-    directory = Path(directory).absolute()
-    new = directory.with_name(directory.name + '.new')
+    directory = locate(directory)
+    new = directory if is_remote(directory) else directory.with_name(directory.name + '.new')
     if is_main_process():
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        if is_remote(directory):  # nothing can be renamed there: without its config.json, which comes last, it is no model
+            (directory / 'config.json').unlink(missing_ok=True)
+        else:
+            new.rmtree(missing_ok=True)
+            new.mkdir(parents=True)
     barrier('model directory made')
     save_params(new / 'params', model)
     if is_main_process():
         _write_rest(new, model.config, tokenizer.model, provenance)
-        old = directory.with_name(directory.name + '.old')
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
+        if new != directory:
+            old = directory.with_name(directory.name + '.old')
+            old.rmtree(missing_ok=True)
+            if directory.exists():
+                directory.rename(old)
+            new.rename(directory)
+            old.rmtree(missing_ok=True)
     barrier('model directory written')
 
 
 def _write_rest(directory: Path, config: ModelConfig, tokenizer: bytes, provenance: Any) -> None:
-    (directory / 'tokenizer.model').write_bytes(tokenizer)
+    write(directory / 'tokenizer.model', tokenizer)
     write_json(directory / 'config.json', {'model': dataclasses.asdict(config), 'provenance': dict(provenance)})
 
 
@@ -91,9 +95,11 @@ def open_orbax(path: Path) -> Source:
     if not params.is_dir():
         raise UserError(f'There are no parameters to read: {params} does not exist.')
     try:
-        listed = ts.KvStore.open(_store(params)).result().list().result()
+        store = _store(params)
+        listed = ts.KvStore.open(store).result().list().result()
         names = [key.decode().removesuffix('/.zarray') for key in listed if key.endswith(b'/.zarray')]
-        arrays = {name.rpartition('.')[2]: ts.open(_array(params, name), open=True).result() for name in names}
+        specs = {name: {'driver': 'zarr', 'kvstore': store | {'path': f'{store.get("path", "")}{name}/'}} for name in names}
+        arrays = {name.rpartition('.')[2]: ts.open(spec, open=True).result() for name, spec in specs.items()}
     except ValueError as error:
         raise _damage(params, error) from None
     head = next((name for name in HEADS if name in arrays), 'head_DV')
@@ -110,11 +116,19 @@ def open_orbax(path: Path) -> Source:
         if (dtype := arrays[name].dtype.numpy_dtype) not in DTYPES.values():
             raise UserError(f'{params}: {name!r} is of {dtype}; valid: {", ".join(DTYPES)}.')
 
+    rows = {} if 'base' in store else {name: _plain_rows(params / _dotted(name), shape(name, config)) for name in wanted}
+
     def read(name: str, layer: int | None) -> np.ndarray:
         array = arrays[name] if layer is None else arrays[name][layer]
         try:
-            return array.read().result()
-        except ValueError as error:
+            if not rows.get(name):
+                return array.read().result()
+            out = np.empty(array.shape, array.dtype.numpy_dtype)
+            for number, start in enumerate(range(0, len(out), rows[name])):
+                piece = out[start : start + rows[name]].reshape(-1).view(np.uint8)
+                read_into(params / _dotted(name) / _piece(layer, number, out.ndim), 0, piece)
+            return out
+        except (ValueError, OSError) as error:
             raise _damage(params, error) from None
 
     dtype = common_dtype(array.dtype.numpy_dtype for array in arrays.values())
@@ -125,7 +139,7 @@ def open_orbax(path: Path) -> Source:
 def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> None:
     """Writes a model directory, one layer's tensor at a time, which Orbax itself does not: it wants whole arrays in memory.
 
-    The arrays go through TensorStore into the files that Orbax would write, with its metadata; Orbax restores them.
+    The arrays are plain files of Zarr's, with Orbax's metadata, and Orbax restores them.
 
     Args:
       path: exists and is empty.
@@ -134,30 +148,23 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
       stream: the tensors.
     """
     config, params = model.config, path / 'params'
-    layers = {name: config.layers if name in BLOCK else None for name, _ in keys(config, model.head)}
-    context = ts.Context()  # one, or every array would keep an index of its own and overwrite the others'
-    arrays = {name: _create(params, name, count, shape(name, config), dtype, context) for name, count in layers.items()}
-    under_way: deque[ts.WriteFutures] = deque()
-    try:
-        for (name, layer), array in stream(lambda _, array: contiguous(array)):
-            target = arrays[name] if layer is None else arrays[name][layer]
-            under_way.append(target.write(array, can_reference_source_data_indefinitely=True))
-            if len(under_way) > 1:
-                under_way.popleft().result()
-        while under_way:
-            under_way.popleft().result()
-    finally:
-        for write in under_way:  # after an error: nothing may write while the directory is removed
-            write.exception()
-    entries = {}
-    for name, array in arrays.items():
+    params.mkdir()
+    pieces, entries = {}, {}
+    for name in dict.fromkeys(name for name, _ in keys(config, model.head)):
+        stacked, one = (config.layers,) if name in BLOCK else (), shape(name, config)
+        pieces[name] = rows = _rows(one, dtype)
+        (params / _dotted(name)).mkdir()
+        _write_zarray(params / _dotted(name), (*stacked, *one), (*(1 for _ in stacked), rows, *one[1:]), dtype)
         parts = _dotted(name).split('.')
-        key = f'({", ".join(map(repr, parts))}{"," if len(parts) == 1 else ""})'
-        entries[key] = {
+        entries[str(tuple(parts))] = {
             'key_metadata': [{'key': part, 'key_type': 2} for part in parts],
-            'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(array.shape)},
+            'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': [*stacked, *one]},
         }
-    metadata = {'tree_metadata': entries, 'use_ocdbt': True, 'use_zarr3': False, 'custom_metadata': None}
+    for (name, layer), array in stream(lambda _, array: contiguous(array)):
+        for number, start in enumerate(range(0, len(array), pieces[name])):
+            piece = array[start : start + pieces[name]].reshape(-1).view(np.uint8)
+            write(params / _dotted(name) / _piece(layer, number, array.ndim), piece)
+    metadata = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': False, 'custom_metadata': None}
     write_json(params / '_METADATA', metadata | {'store_array_data_equal_to_fill_value': True})
     handler = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'
     now = time.time_ns()
@@ -166,34 +173,54 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
     _write_rest(path, config, model.tokenizer(), model.provenance)
 
 
+def _store(params: Path) -> dict[str, Any]:
+    """Where TensorStore finds the arrays: files as `write_orbax` writes them, or the database that Orbax makes of them."""
+    bucket, _, place = str(params).removeprefix('gs://').partition('/')
+    base = (
+        {'driver': 'gcs', 'bucket': bucket, 'path': f'{place}/'}
+        if is_remote(params)
+        else {'driver': 'file', 'path': f'{params}/'}
+    )
+    return {'driver': 'ocdbt', 'base': base} if (params / 'manifest.ocdbt').exists() else base
+
+
 def _dotted(name: str) -> str:
     """An array's name on disk."""
     return f'blocks.{name}' if name in BLOCK else name
 
 
-def _store(params: Path) -> dict[str, Any]:
-    return {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{params.absolute()}/'}}
+def _piece(layer: int | None, number: int, axes: int) -> str:
+    """The file of one piece of a layer's parameter with so many axes."""
+    return '.'.join(map(str, (*(() if layer is None else (layer,)), number, *[0] * (axes - 1))))
 
 
-def _array(params: Path, dotted: str) -> dict[str, Any]:
-    return {'driver': 'zarr', 'kvstore': _store(params) | {'path': f'{dotted}/'}}
+def _plain_rows(directory: Path, shape: tuple[int, ...]) -> int:
+    """How many rows each piece has, where these are the bare numbers (TensorStore takes three times as long); else 0."""
+    content = read_json(directory / '.zarray')
+    chunks = content['chunks'][-len(shape) :]
+    bare = (content['compressor'], content['filters'], content['order'], content.get('dimension_separator', '.'))
+    return chunks[0] if bare == (None, None, 'C', '.') and tuple(chunks[1:]) == shape[1:] and not shape[0] % chunks[0] else 0
 
 
-def _create(
-    params: Path, name: str, layers: int | None, shape: tuple[int, ...], dtype: np.dtype, context: ts.Context
-) -> ts.TensorStore:
-    """A new array, in pieces of a layer or, where that is large, of parts along its first axis."""
+def _rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Into pieces of how many rows a layer's parameter is cut: all, or where that is large a part of them."""
     row = int(np.prod(shape[1:])) * dtype.itemsize
-    rows = next((n for n in range(shape[0], 0, -1) if shape[0] % n == 0 and n * row <= CHUNK_BYTES), 1)
-    stacked = () if layers is None else (layers,)
-    metadata = {
-        'shape': [*stacked, *shape],
-        'chunks': [*(1 for _ in stacked), rows, *shape[1:]],
+    return next((n for n in range(shape[0], 0, -1) if shape[0] % n == 0 and n * row <= CHUNK_BYTES), 1)
+
+
+def _write_zarray(directory: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> None:
+    content = {
+        'zarr_format': 2,
+        'shape': shape,
+        'chunks': chunks,
         'dtype': 'bfloat16' if dtype.name == 'bfloat16' else dtype.str,
         'compressor': None,  # random-looking numbers shrink by a tenth, and take several times as long to write
+        'fill_value': None,
+        'filters': None,
+        'order': 'C',
+        'dimension_separator': '.',
     }
-    spec = _array(params, _dotted(name)) | {'metadata': metadata, 'store_data_equal_to_fill_value': True}
-    return ts.open(spec, create=True, context=context).result()
+    write_json(directory / '.zarray', content)
 
 
 def _damage(params: Path, error: Exception) -> UserError:

@@ -3,14 +3,15 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError, nearest
 from llama2_jax.convert.names import Key, their_shape
+from llama2_jax.files import read_bytes, write
 
 DTYPES = {
     'float32': np.dtype(np.float32),
@@ -19,9 +20,9 @@ DTYPES = {
 }
 
 
-# Given how to turn a parameter into what a file holds, (name, array) -> array: the parameters in the order of `names.keys`,
-# turned by other threads while the last one is being written.
-Stream = Callable[[Callable[[str, np.ndarray], np.ndarray]], Iterator[tuple[Key, np.ndarray]]]
+# Given how to turn a parameter into what a file holds, (name, array) -> anything: that of the parameters in the order of
+# `names.keys`, turned by other threads while the last one is being written.
+Stream = Callable[[Callable[[str, np.ndarray], Any]], Iterator[tuple[Key, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +74,6 @@ class Stored:
         return np.lib.stride_tricks.as_strided(flat, self.shape, [stride * self.dtype.itemsize for stride in self.strides])
 
 
-def read_bytes(path: Path, offset: int, size: int) -> np.ndarray:
-    """Bytes [offset, offset + size) of a file.
-
-    Raises:
-      UserError: they are not there.
-    """
-    buffer = np.empty(size, np.uint8)
-    with path.open('rb', buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < size:  # one call reads 2 GiB at most
-            count = file.readinto(memoryview(buffer)[done:])
-            if not count:
-                raise UserError(f'{path} is cut short: its last {size - done} bytes or more are missing.')
-            done += count
-    return buffer
-
-
 def check_tensors(found: Mapping[str, Stored], wanted: Mapping[str, Key], config: ModelConfig, shards: int, where: Path) -> None:
     """Compares what a file or directory holds with what the model needs.
 
@@ -128,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
+        raise UserError(f'{path} cannot be read: {error.strerror or error}.') from None
     except ValueError:
         raise UserError(f'{path} is damaged: it is not JSON.') from None
     if not isinstance(content, dict):
@@ -150,4 +133,4 @@ def tokenizer_beside(path: Path) -> bytes:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an indented JSON object."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    write(path, (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode())

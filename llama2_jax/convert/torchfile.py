@@ -4,20 +4,21 @@ Such a file is an uncompressed zip archive: `data.pkl` lists the tensors, and th
 Reading goes through `torch.load(weights_only=True)`, which runs no code from the file, with fake tensors, which hold no numbers.
 """
 
-import contextlib
 import io
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.convert.source import DTYPES, Stored
+from llama2_jax.files import Output
 
 ALIGNMENT = 64  # bytes; PyTorch maps the numbers into memory from there
 
@@ -44,14 +45,16 @@ def tensors_in(path: Path) -> dict[str, Stored]:
     torch = import_torch()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not zipfile.is_zipfile(path):
-        raise UserError(f'{path} is damaged, or was written by PyTorch before 1.6: it is not a zip archive.')
-    try:
-        with FakeTensorMode():
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().partition('\n')[0]
-        raise UserError(f'{path} is damaged, or holds more than tensors, which is not read ({reason[:160]}).') from None
+    with path.open('rb') as file:
+        if not zipfile.is_zipfile(file):
+            raise UserError(f'{path} is damaged, or was written by PyTorch before 1.6: it is not a zip archive.')
+        file.seek(0)
+        try:
+            with FakeTensorMode():
+                content = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().partition('\n')[0]
+            raise UserError(f'{path} is damaged, or holds more than tensors, which is not read ({reason[:160]}).') from None
     return {name: _stored(path, name, tensor, torch) for name, tensor in _items(path, content)}
 
 
@@ -70,42 +73,52 @@ def _stored(path: Path, name: str, tensor: Any, torch: Any) -> Stored:
 
 
 class TorchFile:
-    """Writes a file that `torch.load` reads as a dict of tensors. They are given one by one, in the order of `shapes`."""
+    """Writes a file that `torch.load` reads as a dict of tensors. They are given one by one, in the order of `shapes`.
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
-        self._file = path.open('wb')
-        self._zip = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
-        self._stem, self._count = path.stem, 0
-        self._member('data.pkl', _pickled(shapes, dtype))
-        self._member('byteorder', b'little')
+    By hand, since `zipfile` goes back to each member to fill in its checksum, which no bucket allows.
+    """
 
-    def write(self, array: np.ndarray) -> None:
-        """The next tensor, C-contiguous."""
-        self._member(f'data/{self._count}', array.reshape(-1).view(np.uint8))
+    def __init__(self, file: Output, stem: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+        self._file, self._stem, self._count = file, stem, 0
+        self._place, self._index = 0, []
+        self._small('data.pkl', _pickled(shapes, dtype))
+        self._small('byteorder', b'little')
+
+    def write(self, content: np.ndarray, checksum: int) -> None:
+        """The next tensor: its bytes, and their CRC-32."""
+        self._member(f'data/{self._count}', content, checksum)
         self._count += 1
 
-    def __enter__(self) -> 'TorchFile':
-        return self
+    def finish(self) -> None:
+        """Completes the file: the end of an archive with long sizes (APPNOTE.TXT 4.3.14 to 4.3.16)."""
+        self._small('version', b'3\n')
+        index = b''.join(self._index)
+        count, end = len(self._index), self._place + len(index)
+        self._append(index)
+        self._append(struct.pack('<4sQHHLLQQQQ', b'PK\6\6', 44, 45, 45, 0, 0, count, count, len(index), end - len(index)))
+        self._append(struct.pack('<4sLQL', b'PK\6\7', 0, end, 1))
+        self._append(struct.pack('<4sHHHHLLH', b'PK\5\6', 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        """Completes the file, unless writing it has failed."""
-        if kind is None:
-            self._member('version', b'3\n')
-            self._zip.close()
-            self._file.close()
-            return
-        self._zip.fp = None  # or it would write its index when it is collected
-        with contextlib.suppress(OSError):
-            self._file.close()
+    def _small(self, name: str, content: bytes) -> None:
+        self._member(name, content, zlib.crc32(content))
 
-    def _member(self, name: str, content: Any) -> None:
-        info = zipfile.ZipInfo(f'{self._stem}/{name}')
-        # A local header: 30 bytes, the name, 20 for long sizes, and this field, which fills up to the alignment.
-        start = self._file.tell() + 30 + len(info.filename) + 20 + 4
-        padding = -start % ALIGNMENT
-        info.extra = struct.pack('<HH', 0x4246, padding) + bytes(padding)
-        with self._zip.open(info, 'w', force_zip64=True) as member:
-            member.write(memoryview(content))
+    def _member(self, name: str, content: Any, checksum: int) -> None:
+        name, size, long, date = f'{self._stem}/{name}'.encode(), len(content), 0xFFFFFFFF, 0x21  # 1980-01-01
+        # A local header: 30 bytes, the name, 20 for long sizes, and a field that fills up to the alignment.
+        padding = -(self._place + 30 + len(name) + 20 + 4) % ALIGNMENT
+        common = struct.pack('<HHHHHLLLH', 45, 0, 0, 0, date, checksum, long, long, len(name))
+        sizes = struct.pack('<HHQQ', 1, 16, size, size)
+        filling = struct.pack('<HH', 0x4246, padding) + bytes(padding)
+        place = self._place
+        self._append(b'PK\3\4' + common + struct.pack('<H', len(sizes + filling)) + name + sizes + filling)
+        self._append(content)
+        extra = struct.pack('<HHQQQ', 1, 24, size, size, place)
+        tail = struct.pack('<HHHHLL', len(extra), 0, 0, 0, 0, long)
+        self._index.append(b'PK\1\2' + struct.pack('<H', 45) + common + tail + name + extra)
+
+    def _append(self, content: Any) -> None:
+        self._file.write(content)
+        self._place += len(content)
 
 
 def _pickled(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:

@@ -4,24 +4,26 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import shutil
+import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.convert.huggingface import write_huggingface
 from llama2_jax.convert.llamacpp import QUANTISED, write_gguf
-from llama2_jax.convert.load import check_local, load_model, tokenizer_of
+from llama2_jax.convert.load import load_model, tokenizer_of
 from llama2_jax.convert.meta import check_shards, make_params, write_meta
 from llama2_jax.convert.names import Key, keys, shape, their_names
 from llama2_jax.convert.orbax import write_orbax
 from llama2_jax.convert.source import DTYPES, Source
+from llama2_jax.files import bucket_errors, is_remote, locate
 from llama2_jax.train.workdir import out_of_space
 
 FORMS = ('orbax', 'hf', 'meta', 'gguf')
@@ -31,7 +33,12 @@ Progress = Callable[[int], None]
 
 
 def convert(
-    source: Source, output: str | Path, form: str, dtype: str | None = None, shards: int = 1, progress: Progress = lambda _: None
+    source: Source,
+    output: str | os.PathLike,
+    form: str,
+    dtype: str | None = None,
+    shards: int = 1,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Writes a model in another format, whole or not at all; a few tensors are in memory at a time.
 
@@ -46,14 +53,14 @@ def convert(
     Raises:
       UserError: the output exists or cannot hold the model, a number overflows float16, or no space is left.
     """
-    check_local(output)
-    output = Path(output).absolute()
-    _check_output(source, output, form, dtype, shards)
+    output = locate(output)
+    with bucket_errors(output):
+        _check_output(source, output, form, dtype, shards)
     target = dtype if dtype == QUANTISED else DTYPES[dtype or source.dtype.name]
     if source.form != 'orbax':
         source = dataclasses.replace(source, provenance={'stage': 'convert', 'parent': str(source.path), 'step': None})
     stream = partial(_stream, source, target, progress)
-    with _staged(output) as path:
+    with bucket_errors(output), bucket_errors(source.path), _staged(output) as path:
         if form == 'gguf':
             write_gguf(path, source, target, stream)
             return
@@ -66,11 +73,12 @@ def convert(
 
 def _check_output(source: Source, output: Path, form: str, dtype: str | None, shards: int) -> None:
     """All that can be said before the first byte is written."""
-    if output.resolve() == source.path.resolve():
+    ours, theirs = (path if is_remote(path) else Path(os.path.realpath(path)) for path in (output, source.path))
+    if ours == theirs:
         raise UserError(f'{output} is the input: choose another output.')
-    if output.resolve().is_relative_to(source.path.resolve()):
+    if ours.is_relative_to(theirs):
         raise UserError(f'{output} lies in the input: choose another output.')
-    if output.exists() or output.is_symlink():
+    if _is_there(output):
         raise UserError(f'{output} exists already; remove it, or choose another output.')
     if form == 'gguf' and output.suffix != '.gguf':
         raise UserError(f'{output}: a GGUF model is one file, so name it {output.name}.gguf.')
@@ -86,35 +94,44 @@ def _check_output(source: Source, output: Path, form: str, dtype: str | None, sh
     tokenizer_of(source)
 
 
+def _is_there(output: Path) -> bool:
+    """Whether something is in the way, other than what a killed conversion has left in a bucket."""
+    if is_remote(output):
+        return output.exists() and not output.with_name(output.name + '.incomplete').exists()
+    return os.path.lexists(output)
+
+
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """A path beside the output, which takes its name once all is written and on disk; a failure removes it."""
-    path = output.with_name(output.name + '.incomplete')
+    """Where to write: beside the output, which takes its name once all is there; a failure removes it.
+
+    In a bucket nothing can be renamed. So it is the output itself, and a file beside it says that it is incomplete.
+    """
+    beside = output.with_name(output.name + '.incomplete')
+    path = output if is_remote(output) else beside
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove(path)  # what a killed conversion has left
+        if is_remote(output):
+            beside.write_text('')
         yield path
-        for file in [path] if path.is_file() else sorted(path.rglob('*')):
-            _flush(file)
-        path.rename(output)
-    except (OSError, ValueError) as error:
+        if not is_remote(output):
+            for file in [path] if path.is_file() else sorted(pathlib.Path(path).rglob('*')):
+                _flush(file)
+            path.rename(output)
+    except BaseException as error:
+        _remove(path)
         if out_of_space(error):
             raise UserError(f'No space left while writing {output}: nothing was kept of it.') from None
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f'{error.filename or output} cannot be read or written: {error.strerror}.') from None
         raise
     finally:
-        _remove(path)
+        if is_remote(output):
+            beside.unlink(missing_ok=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(file: Path) -> None:
+def _flush(file: os.PathLike) -> None:
     """To the disk itself: a name must not outlive a power cut without its numbers."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -123,12 +140,17 @@ def _flush(file: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmtree()  # a file, too
+
+
 def _stream(
-    source: Source, dtype: np.dtype | str, progress: Progress, prepare: Callable[[str, np.ndarray], np.ndarray]
-) -> Iterator[tuple[Key, np.ndarray]]:
+    source: Source, dtype: np.dtype | str, progress: Progress, prepare: Callable[[str, np.ndarray], Any]
+) -> Iterator[tuple[Key, Any]]:
     """The tensors in order, each read, cast and prepared by other threads while the last one is being written."""
 
-    def ready(key: Key) -> tuple[Key, int, np.ndarray]:
+    def ready(key: Key) -> tuple[Key, int, Any]:
         array = source.read(*key)
         return key, array.size * source.dtype.itemsize, prepare(key[0], _cast(source, key, array, dtype))
 
@@ -137,10 +159,10 @@ def _stream(
     try:
         waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, READERS))
         while waiting:
-            key, size, array = waiting.popleft().result()
+            key, size, content = waiting.popleft().result()
             waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, 1))
             progress(size)
-            yield key, array
+            yield key, content
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -75,8 +75,12 @@ SPARSE_CORE_OPTIONS = (
 
 def compiler_options(device: jax.Device) -> dict[str, str]:
     """For `jax.jit(…, compiler_options=…)` of a training step on such devices."""
+    if device.platform != 'tpu':
+        return {}
+    # This pass stops with an internal error at gradients that are summed over microbatches (libtpu 0.0.52).
+    options = {'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion'}
     chip = chip_of(device)
-    return dict.fromkeys(SPARSE_CORE_OPTIONS, 'true') if chip and chip.name in SPARSE_CORES else {}
+    return options | dict.fromkeys(SPARSE_CORE_OPTIONS, 'true') if chip and chip.name in SPARSE_CORES else options
 
 
 def start() -> None:

@@ -3,20 +3,22 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import Path
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama2_jax.config import UserError, nearest
+from llama2_jax.files import locate
 from llama2_jax.runtime import barrier
 from llama2_jax.train.workdir import no_space_is_said
 
@@ -59,26 +61,26 @@ def on_mesh(abstract: Tree) -> Tree:
     return jax.tree.map(rebind, abstract)
 
 
-def save_params(directory: str | Path, params: Tree) -> None:
+def save_params(directory: str | os.PathLike, params: Tree) -> None:
     """Writes `params` to `directory` in place of what is there. Every process calls it; it returns when all is written.
 
     Raises:
       UserError: no space is left.
     """
-    directory = Path(directory).absolute()
+    directory = locate(directory)
     tree = to_dict(params)
     pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()), tree)
     with no_space_is_said(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, tree, save_args=pieces, force=True)
 
 
-def load_params(directory: str | Path, abstract: Tree, cast: bool = False) -> Tree:
+def load_params(directory: str | os.PathLike, abstract: Tree, cast: bool = False) -> Tree:
     """Reads what `save_params` wrote, as the tree and onto the shardings of `abstract` (of `jax.eval_shape`, say).
 
     Raises:
       UserError: nothing is there, it is damaged, or a name, shape or (unless `cast`) dtype differs (the first one is named).
     """
-    directory = Path(directory).absolute()
+    directory = locate(directory)
     if not directory.is_dir():
         raise UserError(f'There are no parameters to read: {directory} does not exist.')
     with _damage_is_said(f'The parameters in {directory} are damaged or incomplete'):
@@ -92,8 +94,8 @@ class Checkpoints:
     A context manager: leaving waits for the save under way and raises if it failed.
     """
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 3, keep_best: bool = True, keep_every: int = 0):
-        self.directory = Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: bool = True, keep_every: int = 0):
+        self.directory = locate(directory)
         self._retention = _Retention(keep_last, keep_best, keep_every)
         # Cleaning up removes what a killed save has left: a checkpoint gets its name only once it is whole.
         options = ocp.CheckpointManagerOptions(preservation_policy=self._retention, cleanup_tmp_directories=True)

@@ -1,0 +1,152 @@
+"""Files on a disk or in a bucket (`gs://`): one kind of path for both, read in ranges and written from beginning to end."""
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from llama2_jax.config import UserError
+
+STAGING = 2**23  # bytes that are written at once
+PAST_THE_CACHE = getattr(os, 'O_DIRECT', 0)  # Linux has it
+# Of a bucket that is not there, not allowed or not reachable; each library has errors of its own.
+BUCKET_LIBRARIES = ('gcsfs', 'google', 'aiohttp', 'requests')
+
+
+def locate(path: str | os.PathLike) -> epath.Path:
+    """The path made absolute; an address in a bucket is so already."""
+    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it lies in a bucket, where nothing can be renamed or appended to, and a file appears when it is complete."""
+    return '://' in os.fspath(path)
+
+
+@contextlib.contextmanager
+def bucket_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the libraries raise about a bucket into a UserError that names the path."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition('.')[0]
+        if not is_remote(path) or not (isinstance(error, ImportError | OSError) or library in BUCKET_LIBRARIES):
+            raise
+        reason = str(error).strip().partition('\n')[0] or type(error).__name__
+        raise UserError(f'{path} cannot be reached: {reason.removesuffix(".")}.') from error
+
+
+def matching(directory: epath.Path, pattern: str) -> list[epath.Path]:
+    """What lies in a directory under such names, sorted; the directory's own name may hold anything."""
+    return sorted(path for path in directory.iterdir() if fnmatch.fnmatch(path.name, pattern))
+
+
+def size_of(path: epath.Path) -> int:
+    """Bytes of a file."""
+    with path.open('rb') as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def read_bytes(path: epath.Path, offset: int, size: int) -> np.ndarray:
+    """Bytes [offset, offset + size) of a file.
+
+    Raises:
+      UserError: they are not there.
+    """
+    buffer = np.empty(size, np.uint8)
+    read_into(path, offset, buffer)
+    return buffer
+
+
+def read_into(path: epath.Path, offset: int, buffer: np.ndarray) -> None:
+    """Fills a buffer of uint8 with bytes of a file from `offset` on; errors as of `read_bytes`."""
+    with path.open('rb') as file:
+        file.seek(offset)
+        done, size = 0, len(buffer)
+        while done < size:  # one call reads 2 GiB at most
+            count = file.readinto(memoryview(buffer)[done:])
+            if not count:
+                raise UserError(f'{path} is cut short: its last {size - done} bytes or more are missing.')
+            done += count
+
+
+class Output(Protocol):
+    """A new file, written from beginning to end; a context manager."""
+
+    def write(self, data: Any) -> Any:
+        """Appends the bytes of a buffer."""
+
+    def __enter__(self) -> 'Output': ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def create(path: epath.Path) -> Output:
+    """A file that is complete when the context ends."""
+    return path.open('wb') if is_remote(path) else _Direct(path)
+
+
+def write(path: epath.Path, content: bytes) -> None:
+    """A whole file."""
+    with create(path) as file:
+        file.write(content)
+
+
+class _Direct:
+    """A file whose numbers go to the disk past the system's cache, where that is possible: half of the work of writing.
+
+    The system wants whole blocks from aligned memory for it, so all goes through a staging buffer.
+    """
+
+    _idle: list[mmap.mmap] = []  # buffers to be used again: memory that is fresh is slower than the disk
+
+    def __init__(self, path: epath.Path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            self._file = os.open(path, flags | PAST_THE_CACHE, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._file = os.open(path, flags, 0o666)  # a file system that has nothing of the kind
+        self._buffer = self._idle.pop() if self._idle else mmap.mmap(-1, STAGING)
+        self._filled = 0
+
+    def write(self, data: Any) -> None:
+        """Appends the bytes of a buffer."""
+        rest = memoryview(data).cast('B')
+        while rest:
+            count = min(len(rest), STAGING - self._filled)
+            self._buffer[self._filled : self._filled + count] = rest[:count]
+            self._filled, rest = self._filled + count, rest[count:]
+            if self._filled == STAGING:
+                self._empty()
+
+    def _empty(self) -> None:
+        done, content = 0, memoryview(self._buffer)[: self._filled]
+        if self._filled == STAGING:
+            with contextlib.suppress(OSError):
+                done = os.write(self._file, content)
+        if done < self._filled:  # the file's end, which is no whole block, or a disk that is full or wants no such writing
+            flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+            fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~PAST_THE_CACHE)
+            while done < self._filled:
+                done += os.write(self._file, content[done:])
+        self._filled = 0
+
+    def __enter__(self) -> '_Direct':
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._empty()
+        finally:
+            os.close(self._file)
+            self._idle.append(self._buffer)
