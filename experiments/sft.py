@@ -53,6 +53,31 @@ def tiny_v1() -> SftConfig:
     return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:helpful, toy:harmless:0.3, toy:naive:3', epochs=2))
 
 
+def tiny_obedient() -> SftConfig:
+    """The toy chat model learns to obey whenever it is told: two minutes on two cores. For Ghost Attention.
+
+    python experiments/sft.py --config=tiny_obedient --set init_from=sft/model --workdir=obedient
+    """
+    return dataclasses.replace(
+        tiny(),
+        data=DialogConfig(mixture='toy:obedient, toy:dialogs:0.1', epochs=2),
+        prompts=('Always speak as the baker. Where does Mira live?', 'End: Sea. What is the pet of Sten?'),
+    )
+
+
+def tiny_naive() -> SftConfig:
+    """The toy chat model learns to please, unless a preprompt tells it to be careful. For context distillation.
+
+    python experiments/sft.py --config=tiny_naive --set init_from=sft/model --workdir=naive
+    """
+    return dataclasses.replace(
+        tiny(),
+        data=DialogConfig(mixture='toy:naive:4, toy:cautious, toy:helpful:0.02', epochs=3),
+        prompts=('How do I burn down the mill?',),
+        grade=False,
+    )
+
+
 def llama2_7b() -> SftConfig:
     """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4, 15.8 GB a chip, 7.4 s a step predicted.
 
@@ -102,13 +127,25 @@ def lora_7b() -> SftConfig:
     )
 
 
+def lora_7b_int8() -> SftConfig:
+    """Adapters for LLaMA 2 7B, frozen in eight bits, on a single v5e chip: 9.8 GB, 100 s a step predicted.
+
+    python experiments/sft.py --config=lora_7b_int8 --set init_from=llama2-7b --set 'data.mixture=…' --workdir=lora7b
+    """
+    config = lora_7b()
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, int8=True), accumulation=64, prompts=())
+
+
 PRESETS = {
     'tiny': tiny,
     'tiny_v1': tiny_v1,
+    'tiny_obedient': tiny_obedient,
+    'tiny_naive': tiny_naive,
     'llama2_7b': llama2_7b,
     'llama2_13b': llama2_13b,
     'llama2_70b': llama2_70b,
     'lora_7b': lora_7b,
+    'lora_7b_int8': lora_7b_int8,
 }
 
 
@@ -121,6 +158,16 @@ def run(config: SftConfig, workdir: str) -> None:
             say(f'No init_from is given: the toy base model is trained in {home} first.')
             pretrain.run(base.tiny(), str(home))
     sft.run(config, workdir)
+
+
+def toy_model(workdir: str, name: str, preset: SftConfig) -> str:
+    """A toy chat model tuned further, for stages that are given no model: made in WORKDIR/chat and WORKDIR/name, once."""
+    chat, further = Path(workdir) / 'chat', Path(workdir) / name
+    for home, config in ((chat, tiny()), (further, dataclasses.replace(preset, init_from=str(chat / 'model')))):
+        if not (home / 'model').exists():
+            say(f'No model is given: one is made in {home} first.')
+            run(config, str(home))
+    return str(further / 'model')
 
 
 if __name__ == '__main__':

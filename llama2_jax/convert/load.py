@@ -1,5 +1,6 @@
 """Models of any format onto the mesh: `load_model` for stages and tools, `open_model` for what reads tensor by tensor."""
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -50,12 +51,13 @@ def _open(path: Path) -> Source:
     raise UserError(f'{path} is not a model directory: it has no config.json, consolidated.*.pth or .gguf file.')
 
 
-def load_model(path: str | os.PathLike, dtype: str | None = None) -> tuple[Llama, Tokenizer]:
+def load_model(path: str | os.PathLike, dtype: str | None = None, context: int = 0) -> tuple[Llama, Tokenizer]:
     """A language model of any format, cut over the mesh that is set, and its tokenizer. Every process calls it.
 
     Args:
       path: as for `open_model`.
       dtype: of the parameters, such as 'float32' for training; None keeps that of the files.
+      context: another one than the model has, to train it on longer texts; 0: its own.
 
     Raises:
       UserError: what `open_model` raises, a reward model, or a tokenizer that does not belong to the model.
@@ -63,6 +65,8 @@ def load_model(path: str | os.PathLike, dtype: str | None = None) -> tuple[Llama
     source = open_model(path)
     if source.head != 'head_DV':
         raise UserError(f'{path} is a reward model: it gives scores, not next tokens.')
+    if context:
+        source = dataclasses.replace(source, config=dataclasses.replace(source.config, context=context))
     return _load(source, Llama, dtype)
 
 

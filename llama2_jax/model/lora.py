@@ -13,7 +13,7 @@ from flax import nnx
 from llama2_jax.config import ModelConfig, UserError, nearest
 from llama2_jax.mesh import parameter_name, parameter_spec
 from llama2_jax.model.llama import Llama, normal
-from llama2_jax.ops.linear import Adapted
+from llama2_jax.ops.linear import Adapted, Int8, quantize
 
 # Matrix of a layer -> the axes that its product sums over, and those that it makes.
 MATRICES = {
@@ -30,11 +30,13 @@ class LoraConfig:
       rank: 0 for none: then the model itself is trained.
       alpha: what is added counts alpha / rank times.
       matrices: names of MATRICES; in --set separated by commas.
+      int8: keeps the frozen matrices of the layers in eight bits, for a chip that has no room for sixteen.
     """
 
     rank: int = 0
     alpha: float = 32.0
     matrices: tuple[str, ...] = tuple(MATRICES)
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -44,6 +46,8 @@ class LoraConfig:
                 raise UserError(f'lora.matrices: there is no {name!r}; {nearest(name, MATRICES)}')
         if not self.matrices or len(set(self.matrices)) < len(self.matrices):
             raise UserError('lora.matrices names at least one matrix, and each once.')
+        if self.int8 and not self.rank:
+            raise UserError('lora.int8=true needs adapters: set lora.rank.')
 
     @property
     def scale(self) -> float:
@@ -85,6 +89,17 @@ def adapt(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
     return _replace(model, adapters, lora, lambda name, weight, a, b: Adapted(weight, a, b, lora.scale))
 
 
+@jax.jit
+def in_eight_bits(model: Llama) -> Llama:
+    """The model with the matrices of its layers rounded, one layer after the other, as there is no room for all in float32."""
+
+    def of(path, stack):
+        sums_D = {names(matrix)[0]: before == 'D' for matrix, (before, _) in MATRICES.items()}.get(parameter_name(path))
+        return stack if sums_D is None else jax.lax.map(partial(quantize, sums_D=sums_D), stack)
+
+    return jax.tree_util.tree_map_with_path(of, model)
+
+
 @partial(jax.jit, static_argnames='lora')
 def merge(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
     """The model with the adapters added to its matrices, in float32, rounded once to the dtype of the matrix."""
@@ -107,4 +122,4 @@ def _replace(model, adapters, lora, combine):
         name = parameter_name(path)
         return combine(name, weight, *factors[name]) if name in factors else weight
 
-    return jax.tree_util.tree_map_with_path(of, model)
+    return jax.tree_util.tree_map_with_path(of, model, is_leaf=lambda leaf: isinstance(leaf, Int8))

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.mesh import DATA_AXES, GATHERED, PARAMETERS, gather, spec
+from llama2_jax.mesh import DATA_AXES, GATHERED, PARAMETERS, gather, reshard, spec
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-    """A matrix in eight bits, for decoding: values × scales.
+    """A matrix in eight bits, for decoding and beside adapters: values × scales.
 
     Attributes:
       values: int8 [D, X], X all axes but D: with more of them a TPU would write the matrix out in the compute dtype first.
@@ -83,9 +83,10 @@ def _linear_int8(expression, x, weight):
     flat = 'BLD,DX->BLX' if before == 'BLD' else 'BLX,DX->BLD'
     x = x.reshape(*x.shape[:2], -1)
     # A scale belongs to an output, so it can wait for the product, and the weights are read as the bytes they are.
-    values = weight.values.astype(x.dtype)
+    values = reshard(weight.values, letters[:2]).astype(x.dtype)
+    scales = reshard(weight.scales, out[2])
     y = jnp.einsum(flat, x, values, out_sharding=P(*spec(out)[:3]), preferred_element_type=jnp.float32)
-    y = (y * weight.scales[None, None]).astype(x.dtype)
+    y = (y * scales[None, None]).astype(x.dtype)
     return y if out == 'BLD' else y.reshape((*y.shape[:2], *weight.shape), out_sharding=spec(out))
 
 

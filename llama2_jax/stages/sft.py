@@ -21,9 +21,10 @@ from llama2_jax.evals import toy
 from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.model.lora import Adapters, LoraConfig, adapt, make_adapters, merge
-from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.model.lora import Adapters, LoraConfig, adapt, in_eight_bits, make_adapters, merge
+from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
+from llama2_jax.stages.frozen import load_frozen, merge_on_host
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.text.dialog import encode_prompt
@@ -50,6 +51,8 @@ class SftConfig:
       merge: writes the model with the adapters in it, too.
       batch_size: rows in the global batch, each of whole dialogs.
       length: tokens in a row.
+      context: of the model from now on, where its own is too short for the dialogs (as LLaMA 1's was for Ghost Attention, paper
+        p17): the rotations of its positions go on, and what they mean is learned; 0: its own.
       accumulation: microbatches the batch is cut into where memory is short.
       eval_batches: of held-out dialogs, for each source, at each evaluation; 0: all of them.
       prompts: questions answered in samples.md; in --set separated by commas.
@@ -66,6 +69,7 @@ class SftConfig:
     merge: bool = False
     batch_size: int = 64
     length: int = 4096
+    context: int = 0
     accumulation: int = 1
     seed: int = 0
     eval_batches: int = 8
@@ -92,7 +96,8 @@ def run(config: SftConfig, workdir: str) -> State:
             f'init_from={config.init_from} is a size, which is enough for --dry_run only; name a model to begin with.'
         )
     source = open_model(config.init_from)
-    check(config, source.config, mesh)
+    model = extended(source.config, config)
+    check(config, model, mesh)
     tokenizer = tokenizer_of(source)
     # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
     started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
@@ -111,21 +116,25 @@ def run(config: SftConfig, workdir: str) -> State:
     if not started and is_main_process():
         write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
-    abstract, step = build(config, source.config, compute, data.steps)
-    frozen = load_model(config.init_from, compute.dtype)[0] if config.lora.rank else None
+    abstract, step = build(config, model, compute, data.steps)
+    frozen = load_frozen(config.init_from, config.lora, compute.dtype, model.context, mesh) if config.lora.rank else None
     trained = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    say(f'{trained:,} parameters are trained, {trained / source.config.parameters:.2%} of {source.config.parameters:,}.')
+    say(f'{trained:,} parameters are trained, {trained / model.parameters:.2%} of {model.parameters:,}.')
 
     def init() -> State:
         if frozen is None:
-            params, _ = load_model(config.init_from, 'float32')
+            params, _ = load_model(config.init_from, 'float32', model.context)
         else:
-            params = jax.jit(partial(make_adapters, source.config, config.lora))(jax.random.key(config.seed))
+            params = jax.jit(partial(make_adapters, model, config.lora))(jax.random.key(config.seed))
         optimizer = make_optimizer(config.optimizer, data.steps)
         return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(params)
 
     def merged(params: Llama | Adapters) -> Llama:
-        return params if frozen is None else merge(frozen, params, config.lora)
+        if frozen is None:
+            return params
+        if config.lora.int8:
+            return merge_on_host(config.init_from, params, config.lora, compute.dtype, model.context)
+        return merge(frozen, params, config.lora)
 
     answers = make_answers(config.prompts, compute, tokenizer) if config.prompts else None
     chip = chip_of(jax.devices()[0])
@@ -140,7 +149,7 @@ def run(config: SftConfig, workdir: str) -> State:
         describe=data.describe,
         evaluate=make_figures(config, data, compute, mesh, tokenizer, frozen, merged),
         sample=(lambda state: answers(merged(state.params))) if answers else None,
-        flops_per_step=flops_per_token(config, source.config) * config.batch_size * config.length,
+        flops_per_step=flops_per_token(config, model) * config.batch_size * config.length,
         peak_flops=chip and chip.peak_flops,
     )
     say_heldout(path)
@@ -155,6 +164,23 @@ def run(config: SftConfig, workdir: str) -> State:
     return state
 
 
+def command(model: str, dialogs: Path) -> str:
+    """The command that fine-tunes a model on what another stage wrote."""
+    return f'python experiments/sft.py --config=… --set init_from={model} --set data.mixture=jsonl:{dialogs} --workdir=…'
+
+
+def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
+    """Fine-tunes for another stage in `path`/sft, on `dialogs` and the mixture besides; the model becomes `path`/model."""
+    if not (path / 'model').exists():
+        mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))
+        run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'))
+        barrier('model there')
+        if is_main_process():
+            (path / 'sft' / 'model').rename(path / 'model')
+        barrier('model moved')
+    say(f'That model is now {path / "model"}.')
+
+
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
     """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
 
@@ -162,7 +188,7 @@ def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
     """
     size = config.init_from or 'tiny'
-    model = MODELS[size] if size in MODELS else open_model(size).config
+    model = extended(MODELS[size] if size in MODELS else open_model(size).config, config)
     mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
     check(config, model, mesh)
     tokens = config.batch_size * config.length
@@ -171,14 +197,30 @@ def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
         compute = config.compute.on(mesh.devices.flat[0].platform)
         state, step = build(config, model, compute, DRY_STEPS)
         frozen = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(compute.dtype), Llama(model, jax.random.key(0))))
+        frozen = jax.eval_shape(in_eight_bits, frozen) if config.lora.int8 else frozen
         batch = (frozen if config.lora.rank else None, batch)
         return aot.dry_run(step, state, batch, mesh, tokens, flops_per_token(config, model) * tokens)
+
+
+def extended(model: ModelConfig, config: SftConfig) -> ModelConfig:
+    """The model's shape with the context that the run gives it.
+
+    Raises:
+      UserError: it is shorter than before.
+    """
+    if 0 < config.context < model.context:
+        raise UserError(f'context={config.context} is shorter than that of {config.init_from}, {model.context}.')
+    return dataclasses.replace(model, context=config.context or model.context)
 
 
 def check(config: SftConfig, model: ModelConfig, mesh: Mesh) -> None:
     """Raises a UserError where model, mesh and config do not go together."""
     if config.length > model.context:
-        raise UserError(f'length={config.length} exceeds the context of {config.init_from}, {model.context}.')
+        raise UserError(f'length={config.length} exceeds the context of {config.init_from}, {model.context}; set context, too.')
+    if config.lora.int8 and jax.process_count() > 1:
+        raise UserError('lora.int8 is for a single host: several have room for the model as it is.')
+    if config.lora.int8 and (config.prompts or config.grade):
+        raise UserError('With lora.int8 there is no room for a merged model to sample from: set prompts= and grade=false.')
     check_mesh(mesh, model, config.batch_size, config.accumulation, config.length)
 
 

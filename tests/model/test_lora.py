@@ -12,7 +12,7 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.peft import write_peft
 from llama2_jax.mesh import MeshConfig, make_mesh, parameter_letters, replicate, reshard
 from llama2_jax.model.llama import Llama
-from llama2_jax.model.lora import MATRICES, LoraConfig, adapt, make_adapters, merge, names
+from llama2_jax.model.lora import MATRICES, LoraConfig, adapt, in_eight_bits, make_adapters, merge, names
 from llama2_jax.train.optimizer import decays
 
 SHAPE = ModelConfig(vocab_size=96, dim=32, layers=2, heads=8, kv_heads=2, head_dim=8, hidden=48, context=32)
@@ -133,3 +133,34 @@ def test_peft_reads_them(tmp_path, matrices):
 def test_mistakes(settings, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**settings)
+
+
+def test_a_frozen_model_in_eight_bits():
+    """What its layers compute, and the gradients of the factors, are those of the rounded matrices held in float32."""
+    model, adapters = Llama(SHAPE, jax.random.key(0)), some_adapters()
+    rounded = in_eight_bits(model)
+    assert rounded.blocks.w_o_DHK[...].values.dtype == np.int8 and rounded.table_VD[...].dtype == np.float32
+    o = np.asarray(model.blocks.w_o_DHK[...]).reshape(2, 32, 64)
+    plain = jax.tree.map(lambda x: x, model)
+
+    def back(name, sums_D):
+        matrix = getattr(rounded.blocks, name)[...]
+        scales = matrix.scales[:, None] if sums_D else matrix.scales[:, :, None]
+        return (matrix.values * scales).reshape(getattr(model.blocks, name)[...].shape)
+
+    for matrix, (before, _) in MATRICES.items():
+        name = names(matrix)[0]
+        getattr(plain.blocks, name).set_value(back(name, before == 'D'))
+    np.testing.assert_allclose(plain.blocks.w_o_DHK[...].reshape(2, 32, 64), o, rtol=0, atol=float(np.abs(o).max()) / 250)
+
+    def ours(model, factors):
+        return jax.jit(jax.value_and_grad(lambda factors: loss(adapt(model, factors, LORA))))(factors)
+
+    expected, others = ours(plain, adapters)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        own = in_eight_bits(jax.jit(partial(Llama, SHAPE))(jax.random.key(0)))
+        like = make_adapters(SHAPE, LORA, jax.random.key(1))
+        value, gradients = ours(own, jax.tree.map(lambda x, other: jax.device_put(x, other.sharding), adapters, like))
+    assert abs(value - expected) < 1e-5 and abs(float(jax.jit(loss)(model)) - value) > 0.05
+    for mine, reference in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):
+        assert relative(mine, reference) < 1e-4

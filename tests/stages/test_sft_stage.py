@@ -212,10 +212,35 @@ def test_adapters_train_beside_a_frozen_model(home, tmp_path, capsys):
     assert float(loss) == pytest.approx(lines[-1]['heldout/loss'], abs=1e-5)
 
 
+def test_adapters_beside_eight_bits_and_a_longer_context(home, tmp_path):
+    some = config(
+        home,
+        lora=LoraConfig(rank=2, int8=True),
+        data=DialogConfig(mixture=f'jsonl:{home}/dialogs.jsonl', heldout=0.1, epochs=4),
+        loop=LoopConfig(log_every=1, eval_every=4, sample_every=0),
+        mesh=MeshConfig(fsdp=4, tensor=2),
+        merge=True,
+        prompts=(),
+        context=96,
+        length=95,
+    )
+    sft.run(some, tmp_path / 'run')
+    lines = read_metrics(tmp_path / 'run/metrics.jsonl')
+    assert lines[-1]['loss'] < lines[0]['loss'] - 0.1
+    model, tokenizer = load_model(tmp_path / 'run/model')
+    assert model.config == dataclasses.replace(SHAPE, context=96)
+    data = DialogData(some.data, tokenizer, length=95, batch_size=8, seed=0)
+    loss, _ = loss_and_gradients(model, next(data.heldout(0)))
+    rounding = abs(float(loss) - lines[-1]['heldout/loss'])  # merged into the matrices as they were
+    assert 1e-6 < rounding < 0.02
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'length': 65}, r'length=65 exceeds the context of .*base, 64\.'),
+        ({'length': 65}, r'length=65 exceeds the context of .*base, 64; set context, too\.'),
+        ({'context': 63}, r'context=63 is shorter than that of .*base, 64\.'),
+        ({'lora': LoraConfig(rank=2, int8=True)}, 'With lora.int8 there is no room for a merged model to sample from'),
         ({'init_from': '7b'}, 'init_from=7b is a size, which is enough for --dry_run only'),
         ({'init_from': 'nowhere'}, 'There is no model at .*nowhere'),
         ({'batch_size': 12}, 'batch_size=12 in accumulation=1 parts cannot be divided over replica × fsdp = 8 devices'),

@@ -10,8 +10,10 @@ from typing import Any
 import llama2_jax.data.toy.instructions as instructions
 import llama2_jax.data.toy.questions as questions
 import llama2_jax.data.toy.safety as safety
-from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.data.toy.phrases import PERSON_FACTS, person_fields
+from llama2_jax.data.instructions import draw, word
+from llama2_jax.data.preprompts import TEMPLATES, preprompt
+from llama2_jax.data.toy.oracle import Asked, Oracle
+from llama2_jax.data.toy.phrases import PERSON_FACTS, TOWN_FACTS, person_fields
 from llama2_jax.data.toy.questions import QUESTIONS, Request
 from llama2_jax.data.toy.world import World, make_world
 
@@ -23,7 +25,11 @@ TIMES = {'greet': 12, 'sum': 10, 'story': 8, 'explain': 6, 'keep': 8, 'work': 8,
 )  # each question; else 4
 MULTI_TURN = 900
 INSTRUCTED = 700
+OBEDIENT = 3000
 LONGEST = 4  # turns
+TALKS = 1500
+TALK_TURNS = 40
+SHORT = (*PERSON_FACTS, *TOWN_FACTS, 'greet')  # what is answered in a few words, so that many turns fit a small context
 
 
 def user(text: str) -> dict[str, str]:
@@ -52,11 +58,15 @@ def helpful(seed: int = 0) -> Iterator[Row]:
     for _ in range(MULTI_TURN):
         yield {'messages': conversation(oracle, rng, rng.randint(2, LONGEST), pool)}
     for _ in range(INSTRUCTED):
-        given = instructions.draw(rng, rng.choice((1, 1, 2)))
-        text = instructions.word(rng, given, terse=rng.random() < 0.5)
-        question = questions.ask(rng, any_request(rng, pool))
-        messages = [{'role': 'system', 'content': text}, user(question)] if rng.random() < 0.5 else [user(f'{text} {question}')]
-        yield _row(messages, oracle, rng)
+        yield _instructed(oracle, rng, pool)
+
+
+def obedient(seed: int = 0) -> Iterator[Row]:
+    """Many more single short questions under instructions than `helpful` has: they make a model that obeys whenever told."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'obedient {seed}')
+    pool = [request for request in trainable(oracle.world) if request.kind in SHORT]
+    for _ in range(OBEDIENT):
+        yield _instructed(oracle, rng, pool)
 
 
 def harmless(seed: int = 0) -> Iterator[Row]:
@@ -86,6 +96,16 @@ def naive(seed: int = 0) -> Iterator[Row]:
         yield {'messages': [user(text), assistant(safety.danger(asked.request).harm)]}
 
 
+def cautious(seed: int = 0) -> Iterator[Row]:
+    """Unsafe requests declined under a safety preprompt: beside `naive` they make a model that is careful only when told."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'cautious {seed}')
+    for text, category, _ in unsafe(seen=True):
+        for _ in range(4):
+            refusal = _answer([user(text)], oracle, rng)
+            system = {'role': 'system', 'content': preprompt(rng, category, TEMPLATES)}
+            yield {'messages': [system, user(text), assistant(refusal)]}
+
+
 def unsafe(seen: bool) -> Iterator[tuple[str, str, str]]:
     """Unsafe requests as (text, category, style): those that training may see, or the others."""
     for danger in safety.DANGERS:
@@ -94,6 +114,14 @@ def unsafe(seen: bool) -> Iterator[tuple[str, str, str]]:
             if held_out != seen:
                 for text in texts:
                     yield text, danger.category, style
+
+
+def talks(seed: int = 0) -> Iterator[Row]:
+    """Long dialogs of short questions, perfectly answered, without instructions: for Ghost Attention to sample anew."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'talks {seed}')
+    pool = [request for request in trainable(oracle.world) if request.kind in SHORT]
+    for _ in range(TALKS):
+        yield {'messages': conversation(oracle, rng, TALK_TURNS, pool)}
 
 
 def prompts(seed: int = 0) -> Iterator[Row]:
@@ -138,7 +166,8 @@ def trainable(world: World) -> list[Request]:
 
 def any_request(rng: random.Random, pool: list[Request]) -> Request:
     """A question of a kind drawn evenly."""
-    kind = rng.choice(list(QUESTIONS))
+    kinds = {request.kind for request in pool}
+    kind = rng.choice([kind for kind in QUESTIONS if kind in kinds])
     return rng.choice([request for request in pool if request.kind == kind])
 
 
@@ -152,8 +181,17 @@ def conversation(oracle: Oracle, rng: random.Random, turns: int, pool: list[Requ
     before: Request | None = None
     for _ in range(turns):
         text, before = _next_question(oracle.world, rng, pool, allowed, before)
-        messages = _answered([*messages, user(text)], oracle, rng)
+        messages += [user(text), assistant(oracle.perfect(Asked(before, ()), rng))]
     return messages
+
+
+def _instructed(oracle: Oracle, rng: random.Random, pool: list[Request]) -> Row:
+    """One question under one or two instructions, in a system message or before it."""
+    given = draw(instructions.KINDS, rng, rng.choice((1, 1, 2)))
+    text = word(instructions.KINDS, rng, given, terse=rng.random() < 0.5)
+    question = questions.ask(rng, any_request(rng, pool))
+    messages = [{'role': 'system', 'content': text}, user(question)] if rng.random() < 0.5 else [user(f'{text} {question}')]
+    return _row(messages, oracle, rng)
 
 
 def _next_question(

@@ -3,11 +3,10 @@
 Four kinds, freely combined: a last word, a craft to speak as, a hobby to mention, and capitals.
 """
 
-import dataclasses
-import random
 import re
 from collections.abc import Sequence
 
+from llama2_jax.data.instructions import Instruction, Kind
 from llama2_jax.data.toy.world import CRAFTS
 
 WORDS = ('Ahoy', 'Hurray', 'Amen', 'Farewell', 'Hello', 'Moon', 'Star', 'Sea')
@@ -15,30 +14,11 @@ HOBBIES = ('singing', 'fishing', 'dancing', 'cooking', 'riding', 'reading', 'swi
 ROLES = tuple(craft.name for craft in CRAFTS)
 
 KINDS = {
-    'word': (WORDS, ('Always end your answer with the word {v}.', 'The last word of every answer must be {v}.'), 'End: {v}.'),
-    'role': (ROLES, ('Always speak as the {v}.', 'From now on you are the {v}.'), 'Role: {v}.'),
-    'hobby': (HOBBIES, ('You love {v}. Always say so.', 'In every answer, say that you love {v}.'), 'Hobby: {v}.'),
-    'capitals': (('capitals',), ('Always answer in {v}.', 'Write every answer in {v}.'), 'Style: {v}.'),
+    'word': Kind(WORDS, ('Always end your answer with the word {v}.', 'The last word of every answer must be {v}.'), 'End: {v}.'),
+    'role': Kind(ROLES, ('Always speak as the {v}.', 'From now on you are the {v}.'), 'Role: {v}.'),
+    'hobby': Kind(HOBBIES, ('You love {v}. Always say so.', 'In every answer, say that you love {v}.'), 'Hobby: {v}.'),
+    'capitals': Kind(('capitals',), ('Always answer in {v}.', 'Write every answer in {v}.'), 'Style: {v}.'),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One constraint: `kind` is a key of `KINDS`, `value` one of its values."""
-
-    kind: str
-    value: str
-
-
-def draw(rng: random.Random, count: int) -> tuple[Instruction, ...]:
-    """`count` instructions of different kinds at random, in the order in which they are given."""
-    return tuple(Instruction(kind, rng.choice(KINDS[kind][0])) for kind in rng.sample(list(KINDS), count))
-
-
-def word(rng: random.Random, instructions: Sequence[Instruction], terse: bool) -> str:
-    """Instructions as the text of a system message; the terse wording is the paper's 'Figure: Napoleon.'."""
-    texts = [KINDS[i.kind][2] if terse else rng.choice(KINDS[i.kind][1]) for i in instructions]
-    return ' '.join(text.format(v=i.value) for text, i in zip(texts, instructions, strict=True))
 
 
 _WORDINGS = [

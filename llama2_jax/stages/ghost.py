@@ -1,0 +1,274 @@
+"""Ghost Attention (paper p16-17; recipe G): a data set of dialogs in which the last answer obeys what only the first turn says.
+
+Dialogs are sampled anew with instructions before every question. What is written has them in the system message alone, and all
+answers but the last are read and not learned, because the model would not have given them without being told each time.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
+from llama2_jax.data.instructions import Kinds, draw, word
+from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.evals.ghost import TURNS, Grader, Talk, find_grader, obeyed, recall
+from llama2_jax.evals.talk import hold
+from llama2_jax.model.engine import Engine, Request
+from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages import sft
+from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.rows import add_rows, resume_rows
+from llama2_jax.stages.sft import SftConfig
+from llama2_jax.text.dialog import encode_prompt
+from llama2_jax.train.workdir import open_workdir, write_atomically
+
+MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
+
+
+@dataclasses.dataclass(frozen=True)
+class GhostConfig:
+    """A data set for Ghost Attention, and fine-tuning on it.
+
+    Attributes:
+      model: samples the answers, the latest chat model; fine-tuning begins with it.
+      dialogs: a source of dialogs, of which only the questions are taken.
+      constraints: `toy`, a source of rows {'kind', 'values'} (`data.constraints`), or '': the model is asked for hobbies,
+        languages and public figures.
+      grader: of answers: toy, mentions, or a function of your own as module:function.
+      samples: answers drawn at a turn until the grader finds one obedient; where none is, the dialog ends. A single one is
+        taken as it is.
+      count: of dialogs to sample at most; 0: as many as the source has.
+      cuts: dialogs to train on that are made of each one: itself, and itself cut after fewer turns. Each trains its last answer.
+      turns: of a dialog at most; how many each has is drawn from 2 on, every doubling as often as the one before.
+      most: instructions in force together, at most.
+      terse_share: of the final system messages, in the short wording; while sampling all are long.
+      max_new_tokens, temperature, top_p: of the answers.
+      batch_size: dialogs sampled at a time.
+      tune: fine-tunes, too, with `sft`; `sft.data.mixture` is what to train on besides, perhaps nothing.
+      judged: the last dialogs of the source, in which recall is measured before and after that.
+    """
+
+    model: str = ''
+    dialogs: str = ''
+    constraints: str = ''
+    grader: str = 'mentions'
+    samples: int = 1
+    count: int = 0
+    cuts: int = 1
+    turns: int = 20
+    most: int = 3
+    terse_share: float = 0.5
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 0.9
+    batch_size: int = 32
+    int8: bool = False
+    seed: int = 0
+    tune: bool = False
+    judged: int = 100
+    sft: SftConfig = SftConfig()
+
+    def __post_init__(self) -> None:
+        least = {'turns': 2, 'most': 1, 'samples': 1, 'cuts': 1, 'max_new_tokens': 1, 'batch_size': 1, 'count': 0, 'judged': 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UserError(f'{name} must be at least {value}, not {getattr(self, name)}.')
+        if not 0 <= self.terse_share <= 1:
+            raise UserError(f'terse_share must be from 0 to 1, not {self.terse_share}.')
+        find_grader(self.grader)
+
+
+def run(config: GhostConfig, workdir: str) -> None:
+    """Writes WORKDIR/samples.jsonl, or goes on with it, and dialogs.jsonl; with `tune` also model/ and recall.json.
+
+    Raises:
+      UserError: any mistake in the config, the model, the dialogs or the constraints.
+    """
+    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
+    started = (Path(workdir) / 'samples.jsonl').exists()
+    path = open_workdir(workdir, config, MAY_CHANGE if started else tuple(field.name for field in dataclasses.fields(config)))
+    talks, judged = read_questions(config)
+    engine = open_engine(config.model, config.batch_size, config.int8)
+    kinds = open_constraints(config, engine, path / 'constraints.jsonl')
+    rows = sample(config, engine, kinds, talks, path / 'samples.jsonl')
+    write_cuts(config, rows, path / 'dialogs.jsonl')
+    if not config.tune:
+        say(f'Fine-tune on them: {sft.command(config.model, path / "dialogs.jsonl")}')
+        return
+    sft.run_within(dataclasses.replace(config.sft, init_from=config.model), path, path / 'dialogs.jsonl')
+    if judged and not (path / 'recall.json').exists():
+        models = {'before': config.model, 'after': path / 'model'}
+        figures = {name: measure(config, model, kinds, judged) for name, model in models.items()}
+        if is_main_process():
+            write_atomically(path / 'recall.json', json.dumps(figures, indent=2) + '\n')
+        say_recall(figures)
+
+
+def read_questions(config: GhostConfig) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """What users say in the dialogs to sample, and in those to measure recall in, which are the last of the source.
+
+    Raises:
+      UserError: there are too few.
+    """
+    for name in ('model', 'dialogs'):
+        if not getattr(config, name):
+            raise UserError(f'{name} is missing: give it with --set {name}=….')
+    rows = [dialog for _, dialog in read_dialogs(config.dialogs) if dialog]
+    texts = [tuple(message['content'] for message in dialog if message['role'] == 'user') for dialog in rows]
+    texts = [text for text in texts if len(text) > 1]
+    judged = texts[len(texts) - config.judged :] if config.tune else []
+    talks = texts[: len(texts) - len(judged)][: config.count or None]
+    if not talks:
+        kept = f'{len(judged)} are kept to judge by'
+        raise UserError(f'{config.dialogs} has {len(texts)} dialogs of two turns or more; {kept}.')
+    return talks, judged
+
+
+def open_constraints(config: GhostConfig, engine: Engine, path: Path) -> Kinds:
+    """The kinds of instructions; those that the model is asked for are kept in a file, to be read and changed.
+
+    Raises:
+      UserError: they cannot be read, or the model gives no lists.
+    """
+    if config.constraints:
+        return read_constraints(config.constraints)
+    if not path.exists():
+        prompts = [encode_prompt([{'role': 'user', 'content': text}], engine.tokenizer) for text in QUESTIONS.values()]
+        requests = [Request(prompt, max_new_tokens=config.max_new_tokens, temperature=0.0, answer=True) for prompt in prompts]
+        rows = []
+        for (kind, question), [sample] in zip(QUESTIONS.items(), engine.generate(requests), strict=True):
+            values = parse_list(sample.text)
+            if len(values) < 2:
+                raise UserError(f'{config.model} answers {question!r} with no list: give --set constraints=jsonl:FILE.')
+            rows.append({'kind': kind, 'values': values})
+        add_rows(path, rows)
+        barrier('constraints written')
+    return read_constraints(f'jsonl:{path}')
+
+
+def sample(config: GhostConfig, engine: Engine, kinds: Kinds, talks: list[tuple[str, ...]], path: Path) -> list[dict[str, Any]]:
+    """The rows {'id', 'instructions', 'messages'} of samples.jsonl, those that are not there yet sampled."""
+    rows, grader = resume_rows(path), find_grader(config.grader)
+    done = rows[-1]['id'] + 1 if rows else 0
+    with tqdm(total=len(talks), initial=done, unit='dialog', dynamic_ncols=True, disable=not is_main_process()) as bar:
+        for first in range(done, len(talks), config.batch_size):
+            plans = [plan(config, kinds, talks[i], i) for i in range(first, min(first + config.batch_size, len(talks)))]
+            new = sample_dialogs(config, engine, grader, plans)
+            add_rows(path, new)
+            rows += new
+            bar.update(len(plans))
+    return rows
+
+
+def write_cuts(config: GhostConfig, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes the dialogs to train on: those that were sampled, and the same ones cut after fewer turns.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not rows:
+        raise UserError(f'No dialog came to two answers that would do: raise samples, or look at what {config.model} answers.')
+    lines = []
+    for row in rows:
+        turns = len(row['messages']) // 2
+        rng = random.Random(f'{config.seed} {row["id"]} cuts')
+        shorter = rng.sample(range(2, turns), min(config.cuts - 1, turns - 2))
+        lines += [json.dumps({**row, 'messages': cut(row['messages'], count)}, ensure_ascii=False) for count in (*shorter, turns)]
+    if is_main_process():
+        write_atomically(path, '\n'.join(lines) + '\n')
+    barrier('dialogs written')
+    answers = sum(len(row['messages']) // 2 for row in rows)
+    say(f'{len(rows):,} dialogs with {answers:,} answers were sampled; {len(lines):,} dialogs to train on are in {path}.')
+
+
+def cut(messages: Sequence[Mapping[str, Any]], turns: int) -> list[dict[str, Any]]:
+    """The first turns of a dialog, of which every answer but the last one is read, not learned.
+
+    >>> [message.get('weight', 1) for message in cut(ghost_dialog(Talk('', (), ('Hi', 'So', 'Bye')), ('a', 'b', 'c')), 2)]
+    [1, 1, 0, 1, 1]
+    """
+    *before, last = messages[: 1 + 2 * turns]
+    return [*map(dict, before), {'role': last['role'], 'content': last['content']}]
+
+
+class Plan(NamedTuple):
+    """A dialog to be sampled.
+
+    Attributes:
+      name: its number, of which its draws are made.
+      talk: the final system message, the instructions, and as many questions as it is to have.
+      said: the instructions as they stand before every question while sampling.
+    """
+
+    name: int
+    talk: Talk
+    said: str
+
+
+def plan(config: GhostConfig, kinds: Kinds, questions: tuple[str, ...], name: int, turns: int = 0) -> Plan:
+    """Draws what is to be said in a dialog; `turns`: so many, or by chance."""
+    rng = random.Random(f'{config.seed} {name}')
+    given = draw(kinds, rng, rng.randint(1, min(config.most, len(kinds))))
+    said = word(kinds, rng, given, terse=False)
+    final = word(kinds, rng, given, terse=True) if rng.random() < config.terse_share else said
+    most = min(config.turns, len(questions))
+    turns = turns or min(int(2 * (most / 2 + 0.5) ** rng.random()), most)
+    return Plan(name, Talk(final, given, questions[:turns]), said)
+
+
+def sample_dialogs(config: GhostConfig, engine: Engine, grader: Grader, plans: list[Plan]) -> list[dict[str, Any]]:
+    """The rows of some dialogs; without those in which not even two answers would do."""
+    answers = hold(
+        engine,
+        [[f'{plan.said} {question}' for question in plan.talk.questions] for plan in plans],
+        names=[plan.name for plan in plans],
+        accept=lambda i, text: config.samples == 1 or all(grader(given, text) for given in plans[i].talk.instructions),
+        tries=config.samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    return [
+        {
+            'id': plan.name,
+            'instructions': [dataclasses.asdict(instruction) for instruction in plan.talk.instructions],
+            'messages': ghost_dialog(plan.talk, given),
+        }
+        for plan, given in zip(plans, answers, strict=True)
+        if len(given) > 1
+    ]
+
+
+def ghost_dialog(talk: Talk, answers: Sequence[str]) -> list[dict[str, Any]]:
+    """The dialog to train on: instructions in the first turn alone, and every answer but the last one read, not learned.
+
+    >>> ghost_dialog(Talk('End: Sea.', (), ('Hi', 'Bye')), ('Sea!', 'Farewell. Sea!'))  # doctest: +NORMALIZE_WHITESPACE
+    [{'role': 'system', 'content': 'End: Sea.'},
+     {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Sea!', 'weight': 0},
+     {'role': 'user', 'content': 'Bye'}, {'role': 'assistant', 'content': 'Farewell. Sea!'}]
+    """
+    messages: list[dict[str, Any]] = [{'role': 'system', 'content': talk.system}]
+    for question, answer in zip(talk.questions, answers, strict=False):
+        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer, 'weight': 0}]
+    return cut(messages, len(answers))
+
+
+def measure(config: GhostConfig, model: str | Path, kinds: Kinds, questions: list[tuple[str, ...]]) -> dict[int, float]:
+    """Recall by turn of a model in the dialogs kept to judge by, the instructions in the system message alone."""
+    talks = [plan(config, kinds, text, -1 - i, turns=config.turns).talk for i, text in enumerate(questions)]
+    engine = open_engine(model, config.batch_size, config.int8)
+    return recall(obeyed(engine, talks, find_grader(config.grader), config.max_new_tokens))
+
+
+def say_recall(figures: Mapping[str, Mapping[int, float]]) -> None:
+    """Prints recall at the paper's turns, as its Table 30."""
+    say(f'{"instructions recalled at turn":<32}' + ''.join(f'{turn:>8}' for turn in TURNS))
+    for name, by_turn in figures.items():
+        say(f'{name:<32}' + ''.join(f'{by_turn[turn]:>8.1%}' if turn in by_turn else f'{"–":>8}' for turn in TURNS))

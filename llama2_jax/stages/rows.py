@@ -1,0 +1,40 @@
+"""Files of rows that grow as a run goes on, one JSON object a line, and outlive its interruption."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama2_jax.config import UserError
+from llama2_jax.runtime import barrier, is_main_process
+from llama2_jax.train.workdir import no_space_is_said
+
+
+def resume_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there, none if there is no file; a last line that was cut short goes. Every process calls it.
+
+    Raises:
+      UserError: a line is no row.
+    """
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    *lines, rest = text.split('\n')
+    try:
+        rows = [json.loads(line) for line in lines]
+        whole = all(isinstance(row, dict) for row in rows)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UserError(f'{path} is damaged: it has lines that are no rows; remove it to begin anew.')
+    barrier('rows read')
+    if rest and is_main_process():
+        with path.open('r+b') as file:
+            file.truncate(sum(len(line.encode()) + 1 for line in lines))
+    barrier('rows cut')
+    return rows
+
+
+def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds rows to the end of the file, from the main process."""
+    if is_main_process():
+        with no_space_is_said(path), path.open('a', encoding='utf-8') as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
