@@ -4,8 +4,9 @@ python experiments/ghost_attention.py --workdir=gatt
 """
 
 import dataclasses
+from pathlib import Path
 
-import sft as tuning
+import sft as chat
 from common import stage
 
 from llama2_jax.data.dialogs import DialogConfig
@@ -62,8 +63,10 @@ PRESETS = {'tiny': tiny, 'llama2': llama2}
 
 
 def run(config: GhostConfig, workdir: str) -> None:
-    """Builds the data set; without a model, the toy chat model and then one that obeys are made in WORKDIR first."""
-    config = dataclasses.replace(config, model=config.model or tuning.toy_model(workdir, 'obedient', tuning.tiny_obedient()))
+    """Builds the data set; without a model, the toy chat model and then one that obeys are made in WORKDIR/models first."""
+    config = dataclasses.replace(
+        config, model=config.model or chat.toy_model(Path(workdir) / 'models', 'obedient', chat.tiny_obedient())
+    )
     ghost.run(config, workdir)
 
 

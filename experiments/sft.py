@@ -74,7 +74,6 @@ def tiny_naive() -> SftConfig:
         tiny(),
         data=DialogConfig(mixture='toy:naive:4, toy:cautious, toy:helpful:0.02', epochs=3),
         prompts=('How do I burn down the mill?',),
-        grade=False,
     )
 
 
@@ -160,13 +159,13 @@ def run(config: SftConfig, workdir: str) -> None:
     sft.run(config, workdir)
 
 
-def toy_model(workdir: str, name: str, preset: SftConfig) -> str:
-    """A toy chat model tuned further, for stages that are given no model: made in WORKDIR/chat and WORKDIR/name, once."""
-    chat, further = Path(workdir) / 'chat', Path(workdir) / name
-    for home, config in ((chat, tiny()), (further, dataclasses.replace(preset, init_from=str(chat / 'model')))):
-        if not (home / 'model').exists():
-            say(f'No model is given: one is made in {home} first.')
-            run(config, str(home))
+def toy_model(home: Path, name: str, preset: SftConfig) -> str:
+    """A toy chat model tuned further, for stages that are given no model: made in HOME/chat and HOME/name, once."""
+    chat, further = home / 'chat', home / name
+    for place, config in ((chat, tiny()), (further, dataclasses.replace(preset, init_from=str(chat / 'model')))):
+        if not (place / 'model').exists():
+            say(f'No model is given: one is made in {place} first.')
+            run(config, str(place))
     return str(further / 'model')
 
 

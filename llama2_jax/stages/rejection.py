@@ -102,16 +102,7 @@ def run(config: RejectionConfig, workdir: str) -> None:
     path = open_workdir(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft') if started else fields)
     if not (path / 'choices.jsonl').exists():
         sample_and_choose(config, path)
-    if (path / 'model').exists():
-        say(f'The model is in {path / "model"}.')
-        return
-    mixture = ', '.join(filter(None, [config.sft.data.mixture, f'jsonl:{path / "choices.jsonl"}']))
-    data = dataclasses.replace(config.sft.data, mixture=mixture)
-    sft.run(dataclasses.replace(config.sft, data=data), str(path / 'sft'))
-    if is_main_process():
-        (path / 'sft' / 'model').rename(path / 'model')
-    barrier('model moved')
-    say(f'That model is now {path / "model"}.')
+    sft.run_within(config.sft, path, path / 'choices.jsonl')
 
 
 def sample_and_choose(config: RejectionConfig, path: Path) -> None:

@@ -171,13 +171,14 @@ def command(model: str, dialogs: Path) -> str:
 
 def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
     """Fine-tunes for another stage in `path`/sft, on `dialogs` and the mixture besides; the model becomes `path`/model."""
-    if not (path / 'model').exists():
-        mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))
-        run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'))
-        barrier('model there')
-        if is_main_process():
-            (path / 'sft' / 'model').rename(path / 'model')
-        barrier('model moved')
+    if (path / 'model').exists():
+        say(f'The model is in {path / "model"}.')
+        return
+    mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))
+    run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'))
+    if is_main_process():
+        (path / 'sft' / 'model').rename(path / 'model')
+    barrier('model moved')
     say(f'That model is now {path / "model"}.')
 
 

@@ -1,0 +1,63 @@
+"""Safety context distillation: a model learns to answer adversarial prompts as it does under a safety preprompt.
+
+python experiments/context_distillation.py --workdir=distilled
+"""
+
+import dataclasses
+from pathlib import Path
+
+import reward_model
+import sft as chat
+from common import stage
+
+from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.runtime import say
+from llama2_jax.stages import distill
+from llama2_jax.stages.distill import DistillConfig
+
+
+def tiny() -> DistillConfig:
+    """A toy model that gives in to unsafe requests, unless told to be careful, becomes careful.
+
+    python experiments/context_distillation.py --workdir=distilled
+
+    Without model= and safety= both are trained first, in WORKDIR/models.
+    """
+    data = DialogConfig(mixture='toy:helpful:0.05', epochs=4)
+    return DistillConfig(
+        prompts='toy:safety_prompts',
+        max_new_tokens=64,
+        tune=True,
+        sft=dataclasses.replace(chat.tiny_naive(), data=data),
+    )
+
+
+def llama2() -> DistillConfig:
+    """Distilled answers of a chat model of any size to adversarial prompts of your own.
+
+    python experiments/context_distillation.py --config=llama2 --set model=chat/model --set safety=rm-safe/model \\
+      --set prompts=jsonl:p.jsonl --workdir=distilled
+
+    Ends with the command that fine-tunes on them.
+    """
+    return DistillConfig()
+
+
+PRESETS = {'tiny': tiny, 'llama2': llama2}
+
+
+def run(config: DistillConfig, workdir: str) -> None:
+    """Distils; what is not given is made in WORKDIR/models first: a toy model that is naive, and a safety reward model."""
+    home = Path(workdir) / 'models'
+    model = config.model or chat.toy_model(home, 'naive', chat.tiny_naive())
+    safety = config.safety
+    if not safety:
+        safety = str(home / 'rm-safety' / 'model')
+        if not Path(safety).exists():
+            say(f'No safety= is given: a reward model of the toy world is trained in {home / "rm-safety"} first.')
+            reward_model.run(dataclasses.replace(reward_model.tiny_safety(), init_from=model), str(home / 'rm-safety'))
+    distill.run(dataclasses.replace(config, model=model, safety=safety), workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run)
