@@ -6,6 +6,7 @@ import random
 import pytest
 
 from llama2_jax.data import toy
+from llama2_jax.data.instructions import draw, word
 from llama2_jax.data.toy import faults, instructions, questions, reading, safety, web
 from llama2_jax.data.toy.dialogs import assistant, conversation, trainable, unsafe, user
 from llama2_jax.data.toy.instructions import Instruction
@@ -268,8 +269,8 @@ def test_instructions_literally():
 def test_worded_instructions_are_read_back_and_obeyed(terse, count):
     rng = random.Random(f'{terse} {count}')
     for _ in range(40):
-        given = instructions.draw(rng, count)
-        text = instructions.word(rng, given, terse)
+        given = draw(instructions.KINDS, rng, count)
+        text = word(instructions.KINDS, rng, given, terse)
         assert instructions.parse(text) == (given, '')
         for messages in (
             [{'role': 'system', 'content': text}, user('Where does Mira live?')],
@@ -289,10 +290,10 @@ def test_planted_faults_cost_and_are_of_their_kind():
     rng, pool = random.Random(0), trainable(WORLD)
     found = collections.defaultdict(list)
     for request in rng.sample(everything(), 300):
-        given = instructions.draw(rng, 1)
+        given = draw(instructions.KINDS, rng, 1)
         for messages in (
             prompt(request, rng),
-            [{'role': 'system', 'content': instructions.word(rng, given, True)}, *prompt(request)],
+            [{'role': 'system', 'content': word(instructions.KINDS, rng, given, True)}, *prompt(request)],
         ):
             for fault in faults.FAULTS:
                 answer = faults.faulty(ORACLE, rng, messages, fault, pool)

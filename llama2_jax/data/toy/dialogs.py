@@ -27,7 +27,7 @@ MULTI_TURN = 900
 INSTRUCTED = 700
 OBEDIENT = 3000
 LONGEST = 4  # turns
-TALKS = 1500
+TALKS = 400
 TALK_TURNS = 40
 SHORT = (*PERSON_FACTS, *TOWN_FACTS, 'greet')  # what is answered in a few words, so that many turns fit a small context
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import llama2_jax.data.toy.instructions as instructions
 import llama2_jax.data.toy.questions as questions
 import llama2_jax.data.toy.safety as safety
+from llama2_jax.data.instructions import draw, word
 from llama2_jax.data.toy.dialogs import Messages, any_request, assistant, conversation, heldout, trainable, unsafe, user
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.data.toy.questions import Request
@@ -124,8 +125,8 @@ def _prompt(oracle: Oracle, rng: random.Random, pool: list[Request], asked: list
     if kind < 0.20:
         return [*conversation(oracle, rng, 1, pool), user(question)]
     if kind < 0.24:
-        given = instructions.draw(rng, 1)
-        return [user(f'{instructions.word(rng, given, terse=True)} {question}')]
+        given = draw(instructions.KINDS, rng, 1)
+        return [user(f'{word(instructions.KINDS, rng, given, terse=True)} {question}')]
     return [user(question)]
 
 
