@@ -48,6 +48,9 @@ PRESETS = {'tiny': tiny, 'llama2': llama2}
 
 def run(config: DistillConfig, workdir: str) -> None:
     """Distils; what is not given is made in WORKDIR/models first: a toy model that is naive, and a safety reward model."""
+    if not config.prompts.startswith('toy:'):
+        distill.run(config, workdir)
+        return
     home = Path(workdir) / 'models'
     model = config.model or chat.toy_model(home, 'naive', chat.tiny_naive())
     safety = config.safety

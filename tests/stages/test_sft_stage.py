@@ -19,9 +19,8 @@ from llama2_jax.evals.toy import grade
 from llama2_jax.mesh import MeshConfig, make_mesh, shard_batch
 from llama2_jax.model.engine import Sample
 from llama2_jax.model.llama import CPU, Llama
-from llama2_jax.model.lora import LoraConfig, adapt, make_adapters
+from llama2_jax.model.lora import LoraConfig
 from llama2_jax.stages import sft
-from llama2_jax.stages.frozen import load_frozen, merge_on_host
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import train_tokenizer
@@ -212,22 +211,6 @@ def test_adapters_train_beside_a_frozen_model(home, tmp_path, capsys):
     data = DialogData(some.data, tokenizer, length=63, batch_size=8, seed=0)
     loss, _ = loss_and_gradients(model, next(data.heldout(0)))
     assert float(loss) == pytest.approx(lines[-1]['heldout/loss'], abs=1e-5)
-
-
-def test_a_frozen_model_in_eight_bits_and_a_longer_context(home):
-    """What it computes is near; what is merged is added to the matrices as they were before."""
-    lora, path = LoraConfig(rank=2, int8=True), str(home / 'base')
-    frozen = load_frozen(path, lora, 'float32', 96, jax.sharding.get_mesh())
-    assert frozen.config == dataclasses.replace(SHAPE, context=96)
-    assert frozen.blocks.w_up_DF[...].values.dtype == np.int8
-    adapters = make_adapters(SHAPE, lora, jax.random.key(1))
-    batch = batch_of([[dialog] for dialog in some_dialogs(SHAPE.vocab_size)], 24)
-    model = load_model(path)[0]
-    plain, near = (float(mean_loss(each, batch)) for each in (model, adapt(frozen, adapters, lora)))
-    assert 1e-6 < abs(near - plain) < 0.1
-    merged = merge_on_host(path, adapters, lora, 'float32', 96)
-    assert merged.config.context == 96
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(model), strict=True))
 
 
 @pytest.mark.parametrize(
