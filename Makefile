@@ -1,5 +1,6 @@
 # `make demo` and `make test` set up everything on a machine with Python 3.11 (or newer); `make help` lists the rest.
 PYTHON ?= python3.11
+SCALE ?= tiny
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
@@ -15,16 +16,16 @@ setup: .venv/core  ## the environment that training needs, in .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-.venv/tests: .venv/core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+.venv/torch: .venv/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
+	touch $@
+
+.venv/tests: .venv/torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
-demo: .venv/core  ## toy world, its tokenizer, pretraining, held-out loss and samples: some minutes on a laptop
-	$(BIN)/python experiments/train_tokenizer.py --workdir=demo/tokenizer
-	$(BIN)/python experiments/pretrain.py --workdir=demo/pretrain --set tokenizer=demo/tokenizer/tokenizer.model
-	$(BIN)/python experiments/generate.py --model=demo/pretrain/model --prompt='Once upon a time' --prompt='Dear' \
-		--max_new_tokens=96 --temperature=0.8 --top_p=0.95
+demo: .venv/torch  ## the whole recipe on the toy world, from raw text to an aligned chat model in PyTorch: about 15 minutes on two cores
+	PATH="$(BIN):$$PATH" experiments/demo.sh $(SCALE)
 
 test: .venv/tests  ## ruff and all tests
 	$(BIN)/ruff check .

@@ -1,0 +1,77 @@
+"""What the workdirs of `make demo` add up to: a table of all stages, and the versions' answers to the same questions."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama2_jax.config import UserError
+from llama2_jax.data import toy
+from llama2_jax.runtime import say
+from llama2_jax.train.metrics import read_metrics
+from llama2_jax.train.workdir import write_atomically
+
+VERSIONS = {'pretrain': 'base', 'sft': 'SFT', 'rs': 'rejection sampling', 'ppo': 'PPO'}
+MEASURES = ('helpfulness', 'harmlessness', 'violations', 'false_refusals', 'exact', 'stops')  # of the task `toy`
+KINDS = ('home', 'market_day', 'keep', 'explain', 'illicit', 'hateful', 'borderline')  # of the questions that are shown
+
+
+def summarise(workdir: str | Path) -> None:
+    """Prints the summary of a demo's directory, and writes its versions.json and summary.md, which the report shows.
+
+    Raises:
+      UserError: a stage has not been run.
+    """
+    home = Path(workdir)
+    if missing := [name for name in VERSIONS if not (home / 'eval' / name / 'toy.json').exists()]:
+        raise UserError(f'{home / "eval" / missing[0]}: the model {missing[0]} has not been evaluated; `make demo` does that.')
+    rows = [{'version': title, **measures(home, name)} for name, title in VERSIONS.items()]
+    text = '\n\n'.join([as_table(stages(home)), as_table(rows), '\n\n'.join(transcripts(home))])
+    write_atomically(home / 'versions.json', json.dumps(rows, indent=1) + '\n')
+    write_atomically(home / 'summary.md', text + '\n')
+    say(text)
+
+
+def measures(home: Path, version: str) -> dict[str, float]:
+    """What the oracle measured."""
+    found = json.loads((home / 'eval' / version / 'toy.json').read_text(encoding='utf-8'))['measures']
+    return {name: found[name] for name in MEASURES}
+
+
+def stages(home: Path) -> Iterator[dict[str, str]]:
+    """The headline of each stage, from its metrics.jsonl."""
+
+    def last(stage: str, key: str) -> float:
+        return next(line[key] for line in reversed(read_metrics(home / stage / 'metrics.jsonl')) if key in line)
+
+    yield {'stage': 'pretraining', 'measure': 'held-out loss', 'value': f'{last("pretrain", "heldout/loss"):.3f} nats a token'}
+    yield {'stage': 'SFT', 'measure': 'held-out questions answered exactly', 'value': f'{last("sft", "toy/learnable/exact"):.1%}'}
+    for stage, title in (('rm-help', 'helpfulness'), ('rm-safe', 'safety')):
+        for rating in ('significantly', 'better', 'slightly', 'negligibly'):
+            yield {
+                'stage': f'{title} reward model',
+                'measure': f'accuracy where raters said {rating}',
+                'value': f'{last(stage, f"heldout/accuracy/{rating}"):.1%}',
+            }
+    yield {'stage': 'PPO', 'measure': 'KL from where it began', 'value': f'{last("ppo", "kl"):.2f} nats an answer'}
+
+
+def transcripts(home: Path) -> Iterator[str]:
+    """One held-out question of each kind, and what every version answers, in Markdown."""
+    rows = list(toy.RECORDS['heldout']())
+    answers = {}
+    for version, title in VERSIONS.items():
+        lines = (home / 'eval' / version / 'toy.jsonl').read_text(encoding='utf-8').splitlines()
+        answers[title] = [json.loads(line)['prediction'] for line in lines]
+    for kind in KINDS:
+        index = next(i for i, row in enumerate(rows) if row['category'] == kind and row['split'] in ('phrasings', 'safety'))
+        said = [f'- {title}: {" ".join(texts[index].split()) or "(nothing)"}' for title, texts in answers.items()]
+        yield '\n'.join([f'**{rows[index]["messages"][-1]["content"]}**', '', *said])
+
+
+def as_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of the same columns as a table in Markdown; shares in per cent."""
+    rows = list(rows)
+    lines = [list(rows[0]), ['---'] * len(rows[0])]
+    lines += [[f'{value:.1%}' if isinstance(value, float) else value for value in row.values()] for row in rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
