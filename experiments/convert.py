@@ -2,6 +2,7 @@
 
 python experiments/convert.py --input=Llama-2-7b-hf --output=llama2-7b
 python experiments/convert.py --input=run/model --output=out-hf --to=hf --dtype=bfloat16
+python experiments/convert.py --input=run/model --output=out-hf --to=hf --verify
 python experiments/convert.py --input=run/model --output=out-pth --to=meta --shards=8
 python experiments/convert.py --input=run/model --output=model.gguf --to=gguf --dtype=q8_0
 python experiments/convert.py --input=run/model --against=out-hf
@@ -18,6 +19,7 @@ from llama2_jax.convert.llamacpp import QUANTISED
 from llama2_jax.convert.load import open_model
 from llama2_jax.convert.source import DTYPES
 from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
+from llama2_jax.convert.verify import against_transformers
 
 INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)
 OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
@@ -25,12 +27,17 @@ TO = flags.DEFINE_enum('to', 'orbax', FORMS, 'Format to write; orbax is the mode
 DTYPE = flags.DEFINE_enum('dtype', None, [*DTYPES, QUANTISED], "Of the parameters; the input's by default. q8_0: gguf only.")
 SHARDS = flags.DEFINE_enum('shards', '1', ['1', '2', '4', '8'], 'Model-parallel shards, for meta.')
 AGAINST = flags.DEFINE_string('against', None, 'Compare the input with this model: weights, and logits where memory allows.')
+VERIFY = flags.DEFINE_bool('verify', False, 'With --to=hf: load the result with transformers, and compare what it computes.')
+
+TOLERANCE = 1e-3  # of logits in float32
 
 
 def run() -> None:
     """Converts or compares; exit code 1 where two models differ."""
     if (OUTPUT.value is None) == (AGAINST.value is None):
         raise UserError('Give either --output (to convert) or --against (to compare).')
+    if VERIFY.value and (not OUTPUT.value or TO.value != 'hf'):
+        raise UserError('--verify belongs to --output=DIR --to=hf.')
     source = open_model(INPUT.value)
     with tqdm(total=bytes_of(source), unit='B', unit_scale=True, disable=None) as bar:
         if OUTPUT.value:
@@ -39,6 +46,11 @@ def run() -> None:
             result = compare(source, open_model(AGAINST.value), bar.update)
     if OUTPUT.value:
         print(f'{INPUT.value} ({source.form}) is written to {OUTPUT.value} ({TO.value}).')
+        if VERIFY.value:
+            difference = against_transformers(source, OUTPUT.value)
+            print(f'transformers loads it, and what it computes differs by up to {difference:.3g}.')
+            if not DTYPE.value and difference > TOLERANCE:
+                sys.exit(f'That is more than {TOLERANCE}, which rounding does not explain.')
         return
     for (name, layer), difference in result.differences.items():
         print(f'{name}{"" if layer is None else f" of layer {layer}"}: differs by up to {difference:.3g}')

@@ -18,7 +18,9 @@ from llama2_jax.convert.names import keys
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.convert.source import DTYPES, Source
 from llama2_jax.convert.transfer import convert
+from llama2_jax.convert.verify import against_transformers
 from llama2_jax.model.llama import Llama
+from llama2_jax.model.score import ScoreModel
 from llama2_jax.text.dialog import encode_dialog, encode_prompt
 from llama2_jax.text.tokenizer import Tokenizer
 
@@ -223,3 +225,16 @@ def test_reward_models(tokenizer, tmp_path):
     with pytest.raises(UserError, match='is a reward model'):
         load_model(tmp_path / 'hf')
     assert list(keys(GQA, 'score_D'))[-1] == ('score_D', None)
+
+
+def test_verify(model_directory, tokenizer, tmp_path):
+    """Close for what was exported, for language models and reward models; far off for another model's weights."""
+    start, other = model_directory(GQA), model_directory(MHA)
+    save_model(tmp_path / 'rm', ScoreModel(GQA, jax.random.key(0)), tokenizer, {})
+    for directory in (start, tmp_path / 'rm'):
+        source = open_model(directory)
+        exported = tmp_path / f'{source.head}-hf'
+        convert(source, exported, 'hf')
+        assert 0 < against_transformers(source, exported) < 1e-4
+    convert(open_model(other), tmp_path / 'other', 'hf')
+    assert against_transformers(open_model(start), tmp_path / 'other') > 0.1
