@@ -38,11 +38,11 @@ step 'Fine-tuning.' 'It answers questions now, and stops; it also gives in to re
   experiments/sft.py --config=tiny_v1 --set "init_from=$home/pretrain/model" --workdir="$home/sft" "${sft[@]}"
 step 'Helpfulness reward model.' 'The clearer the raters were, the more often it agrees with them.' \
   experiments/reward_model.py --set "init_from=$home/sft/model" --workdir="$home/rm-help" "${reward[@]}"
-step 'Safety reward model.' 'It finds most answers that do harm.' \
+step 'Safety reward model.' 'It is to find the answers that do harm (unsafe_recall).' \
   experiments/reward_model.py --config=tiny_safety --set "init_from=$home/sft/model" --workdir="$home/rm-safe" "${reward[@]}"
 step 'Rejection sampling.' 'The best of many answers scores higher the more there are; the model learns from the best.' \
   experiments/rejection_sampling.py --set "sample_from=$home/sft/model" "${rewards[@]}" --workdir="$home/rs" "${sampling[@]}"
-step 'PPO.' 'The held-out score rises, and with it what the oracle thinks (judge); KL says how far the model has gone.' \
+step 'PPO.' 'The held-out score rises; see whether the judge, an exact oracle, agrees, and how far KL says the model has gone.' \
   experiments/ppo.py --set "init_from=$home/rs/model" "${rewards[@]}" --workdir="$home/ppo" "${ppo[@]}"
 for version in pretrain sft rs ppo; do
   step "Evaluation of $version." 'Held-out questions, graded by the exact oracle of the toy world.' \
