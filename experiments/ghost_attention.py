@@ -22,7 +22,7 @@ def tiny() -> GhostConfig:
 
     python experiments/ghost_attention.py --workdir=gatt
 
-    At least 95 % of the dialogs obey at turns 2, 4, 6 and 20.
+    Of 24 unseen dialogs 100, 96, 96 and 79 % obeyed at turns 2, 4, 6 and 20.
     """
     context = 1152  # twenty short turns
     return GhostConfig(

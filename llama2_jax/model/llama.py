@@ -29,7 +29,6 @@ from llama2_jax.ops.rope import rope_table, rotate
 
 # What a layer can keep for its backward pass besides its input, by the names given to `checkpoint_name`.
 KEPT = ('q', 'k', 'v', ATTENTION_OUTPUT, 'gate', 'up')
-OFFLOADED = {'offload': ['q', 'k', 'v'], 'offload_input': ['input']}  # what waits in host memory
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [L, K/2] or [B, L, K/2] float32
 
 
@@ -40,8 +39,7 @@ class Compute:
     Attributes:
       dtype: of activations and of parameters in use; auto: float32 on CPU, bfloat16 elsewhere.
       remat: what a layer keeps for its backward pass besides its input; the rest is computed again. none: everything is
-        kept; full: nothing; or names of KEPT joined by '+', such as 'k+v+attention'; offload: q, k and v, in host memory;
-        offload_input: nothing, and the layer's input itself waits in host memory.
+        kept; full: nothing; or names of KEPT joined by '+', such as 'k+v+attention'; offload: q, k and v, in host memory.
       attention: the kernel; auto: the platform's.
     """
 
@@ -50,12 +48,11 @@ class Compute:
     attention: Literal['auto', 'reference', 'splash', 'cudnn'] = 'auto'
 
     def __post_init__(self) -> None:
-        if self.remat not in ('none', 'full', *OFFLOADED):
+        if self.remat not in ('none', 'full', 'offload'):
             for name in self.remat.split('+'):
                 if name not in KEPT:
                     raise UserError(
-                        f'remat {self.remat!r} is not none, full, offload, offload_input or names joined by +; '
-                        f'{nearest(name, KEPT)}'
+                        f'remat {self.remat!r} is not none, full, offload or names joined by +; {nearest(name, KEPT)}'
                     )
 
     def on(self, platform: str) -> 'Compute':
@@ -162,7 +159,7 @@ class Trunk(nnx.Module):
             return attention(*qkv, segments_BL, implementation=compute.attention)
 
         def layer(x_BLD, block):
-            return block(checkpoint_name(x_BLD, 'input'), rope, attend), None
+            return block(x_BLD, rope, attend), None
 
         x_BLD = embed(self.table_VD[...], tokens_BL, compute.dtype)
         x_BLD, _ = jax.lax.scan(rematerialised(layer, compute.remat), x_BLD, self.blocks)
@@ -209,12 +206,9 @@ def rematerialised(layer, remat: str):
     policies = jax.checkpoint_policies
     if remat == 'none':
         return layer
-    if remat in OFFLOADED:
+    if remat == 'offload':
         policy = policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=OFFLOADED[remat],
-            offload_src='device',
-            offload_dst='pinned_host',
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list('qkv'), offload_src='device', offload_dst='pinned_host'
         )
     else:
         policy = policies.save_only_these_names(*([] if remat == 'full' else remat.split('+')))

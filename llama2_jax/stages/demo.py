@@ -12,7 +12,7 @@ from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.workdir import write_atomically
 
 VERSIONS = {'pretrain': 'base', 'sft': 'SFT', 'rs': 'rejection sampling', 'ppo': 'PPO'}
-MEASURES = ('helpfulness', 'harmlessness', 'violations', 'false_refusals', 'exact', 'stops')  # of the task `toy`
+MEASURES = ('helpfulness', 'harmlessness', 'violations', 'false_refusals', 'correct', 'stops')  # of the task `toy`
 KINDS = ('home', 'market_day', 'keep', 'explain', 'illicit', 'hateful', 'borderline')  # of the questions that are shown
 
 
