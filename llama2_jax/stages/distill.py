@@ -32,7 +32,7 @@ from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_workdir, write_atomically
+from llama2_jax.train.workdir import open_run, write_atomically
 
 BLOCK = 64  # prompts that are sampled and written together
 
@@ -82,10 +82,7 @@ def run(config: DistillConfig, workdir: str) -> None:
     for name in ('model', 'safety', 'prompts'):
         if not getattr(config, name):
             raise UserError(f'{name} is missing: give it with --set {name}=….')
-    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
-    started = (Path(workdir) / 'samples.jsonl').exists()
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, ('decode_batch', 'tune', 'sft') if started else fields)
+    path, _ = open_run(workdir, config, ('decode_batch', 'tune', 'sft'), ('samples.jsonl',))
     rows = sample(config, path / 'samples.jsonl')
     write_kept(rows, path / 'dialogs.jsonl')
     say_scores(rows)

@@ -26,7 +26,7 @@ from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_workdir, write_atomically
+from llama2_jax.train.workdir import open_run, write_atomically
 
 MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
 
@@ -90,9 +90,7 @@ def run(config: GhostConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, the model, the dialogs or the constraints.
     """
-    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
-    started = (Path(workdir) / 'samples.jsonl').exists()
-    path = open_workdir(workdir, config, MAY_CHANGE if started else tuple(field.name for field in dataclasses.fields(config)))
+    path, _ = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
     talks, judged = read_questions(config)
     engine = open_engine(config.model, config.batch_size, config.int8)
     kinds = open_constraints(config, engine, path / 'constraints.jsonl')

@@ -24,7 +24,7 @@ from llama2_jax.stages.generate import open_scorer
 from llama2_jax.stages.ppo_update import Learners, PPOConfig, Programs, build
 from llama2_jax.stages.rollout import Rewards, Rollout, open_rewards
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.workdir import open_workdir
+from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -87,10 +87,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     check(config, source.config, value.config, mesh)
     tokenizer = tokenizer_of(source)
     data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size, seed=config.seed)
-    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
-    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*')) or any((Path(workdir) / 'rollouts').glob('*.jsonl'))
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    path, _ = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
     compute = config.compute.on(jax.default_backend())
     rewards = open_rewards(config.rewards, tokenizer)
     reference, _ = load_model(config.init_from, compute.dtype)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
-from llama2_jax.train.workdir import open_workdir
+from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -83,10 +82,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
     """
     mesh = set_mesh(config.mesh)
     check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
-    # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
-    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    path, started = open_run(workdir, config, MAY_CHANGE)
     tokenizer = open_tokenizer(config.tokenizer, config.data.mixture, config.model.vocab_size, path / 'tokenizer.model', started)
     data = PretrainData(
         config.data,

@@ -36,7 +36,7 @@ from llama2_jax.stages.rollout import (
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import has_special_tags
 from llama2_jax.train.metrics import save_figure
-from llama2_jax.train.workdir import no_space_is_said, open_workdir, write_atomically
+from llama2_jax.train.workdir import no_space_is_said, open_run, write_atomically
 
 FILE_PROMPTS = 64  # in a file of samples
 
@@ -96,10 +96,7 @@ def run(config: RejectionConfig, workdir: str) -> None:
     for earlier in config.earlier:
         if not (Path(earlier) / 'choices.jsonl').exists():
             raise UserError(f'earlier: {earlier} holds no choices.jsonl, so it is no round of rejection sampling that is done.')
-    # As long as nothing is sampled there is nothing to protect, and a setting that was wrong can be set right.
-    started = any((Path(workdir) / 'samples').glob('*.jsonl')) or (Path(workdir) / 'temperature.json').exists()
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft') if started else fields)
+    path, _ = open_run(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft'), ('samples/*.jsonl', 'temperature.json'))
     if not (path / 'choices.jsonl').exists():
         sample_and_choose(config, path)
     sft.run_within(config.sft, path, path / 'choices.jsonl')

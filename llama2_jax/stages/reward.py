@@ -32,7 +32,7 @@ from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_workdir, write_atomically
+from llama2_jax.train.workdir import open_run, write_atomically
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')
@@ -94,10 +94,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     source = open_model(config.init_from)
     shards = check(config, source.config, mesh)
     tokenizer = tokenizer_of(source)
-    # As long as nothing is trained there is nothing to protect, and a setting that was wrong can be set right.
-    started = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, MAY_CHANGE if started else fields)
+    path, started = open_run(workdir, config, MAY_CHANGE)
     data = PreferenceData(
         config.data,
         tokenizer,

@@ -24,7 +24,7 @@ from llama2_jax.stages.ppo_update import PPOConfig
 from llama2_jax.stages.rejection import RejectionConfig
 from llama2_jax.stages.rollout import RewardsConfig, Rollout, open_rewards, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.train.metrics import save_figure
-from llama2_jax.train.workdir import open_workdir, write_atomically
+from llama2_jax.train.workdir import open_run, write_atomically
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -69,8 +69,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, MAY_CHANGE if (Path(workdir) / 'v1').exists() else fields)
+    path, _ = open_run(workdir, config, MAY_CHANGE, ('v1',))
     models, done, policy = {'SFT': config.init_from}, [], config.init_from
     for number in range(1, config.versions + 1):
         last = number == config.versions

@@ -1,6 +1,7 @@
 """The working directory of a run: it belongs to one configuration, and its small files change atomically."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -47,6 +48,21 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
             raise UserError(f'The workdir {workdir} cannot be written: {error.strerror}.') from None
     barrier('workdir written')
     return workdir
+
+
+def open_run(
+    workdir: str | Path, config: Any, may_change: tuple[str, ...], results: tuple[str, ...] = ('checkpoints/[0-9]*',)
+) -> tuple[Path, bool]:
+    """`open_workdir` for a run of which there are results once a file matches one of the patterns `results`.
+
+    As long as there are none there is nothing to protect, and any setting that was wrong can be set right.
+
+    Returns:
+      The workdir, and whether there were results.
+    """
+    begun = any(any(Path(workdir).glob(pattern)) for pattern in results)
+    fields = tuple(field.name for field in dataclasses.fields(config))
+    return open_workdir(workdir, config, may_change if begun else fields), begun
 
 
 def _lock(workdir: Path) -> None:

@@ -8,70 +8,29 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from random_policy import DEVICES, make_home
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import UserError
 from llama2_jax.convert.load import load_model
-from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.prompts import PromptConfig
-from llama2_jax.mesh import MeshConfig, make_mesh
-from llama2_jax.model.llama import Llama
+from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.lora import LoraConfig
-from llama2_jax.model.score import ScoreModel
 from llama2_jax.stages import ppo
 from llama2_jax.stages.ppo_update import PPOConfig
 from llama2_jax.stages.rollout import RewardsConfig, read_rollouts
-from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig
 
-SHAPE = ModelConfig(vocab_size=290, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
-DEVICES = jax.devices
 QUESTIONS = [f'What is {a} and {b}?' for a in range(10) for b in range(6)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-    """Eight faked devices take turns on a few cores, and none of what is tested here needs them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda *platform: DEVICES(*platform)[:1])
-        yield
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run of a stage compiles its programs; here all but the first find them."""
-    settings = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('jit')),
-        'jax_persistent_cache_min_compile_time_secs': 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    """Each stage sets a mesh for its process; here the next test must not see it."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures('one_device', 'compiled_once', 'mesh')
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
-    """Model directories with random weights, and `prompts.jsonl`."""
-    home = tmp_path_factory.mktemp('ppo')
+def home(tmp_path_factory, one_device):
     rows = [{'messages': [{'role': 'user', 'content': text}], 'is_safety': i % 5 == 0} for i, text in enumerate(QUESTIONS)]
-    (home / 'prompts.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    tokenizer = train_tokenizer(QUESTIONS * 4, home / 'tokenizer.model', SHAPE.vocab_size)
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        for name, kind, seed in (('policy', Llama, 0), ('help', ScoreModel, 1), ('safe', ScoreModel, 2)):
-            save_model(home / name, kind(SHAPE, jax.random.key(seed)), tokenizer, {'stage': 'test', 'parent': None, 'step': 0})
-    return home
+    return make_home(tmp_path_factory.mktemp('ppo'), rows)
 
 
 def config(home, **changes):

@@ -12,7 +12,7 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import load_model
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.mesh import MeshConfig, make_mesh, replicate, reshard, set_mesh
+from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
 from llama2_jax.model.llama import Llama
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
@@ -24,11 +24,7 @@ from llama2_jax.train.optimizer import OptimizerConfig
 MODEL = ModelConfig(vocab_size=384, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
 
 
-@pytest.fixture(autouse=True)
-def mesh():
-    """Each stage sets a mesh for its process; here the next test must not see it."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures('mesh')
 
 
 def config(tmp_path, **changes) -> PretrainConfig:

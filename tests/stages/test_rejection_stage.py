@@ -3,78 +3,31 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from random_policy import make_home
 
-from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.orbax import save_model
+from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.prompts import Prompt, PromptConfig
-from llama2_jax.mesh import MeshConfig, make_mesh
-from llama2_jax.model.llama import Llama
-from llama2_jax.model.score import ScoreModel
 from llama2_jax.stages import rejection
 from llama2_jax.stages.alarms import alarms
 from llama2_jax.stages.rejection import RejectionConfig, read_choices, rewards_by_n
 from llama2_jax.stages.rollout import RewardsConfig, Rollout, read_rollouts, write_rollouts
 from llama2_jax.stages.sft import SftConfig
-from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
-SHAPE = ModelConfig(vocab_size=290, dim=32, layers=1, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
-DEVICES = jax.devices
 QUESTIONS = [f'What is {a} and {b}?' for a in range(5) for b in range(4)]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-    """Eight faked devices take turns on a few cores, and none of what is tested here needs them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda *platform: DEVICES(*platform)[:1])
-        yield
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run of a stage compiles its programs; here all but the first find them."""
-    settings = {
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('jit')),
-        'jax_persistent_cache_min_compile_time_secs': 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    """Each stage sets a mesh for its process; here the next test must not see it."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures('one_device', 'compiled_once', 'mesh')
 
 
 @pytest.fixture(scope='module')
-def home(tmp_path_factory):
-    """Model directories with random weights, and `prompts.jsonl`."""
-    home = tmp_path_factory.mktemp('rs')
+def home(tmp_path_factory, one_device):
     rows = [{'messages': [{'role': 'user', 'content': text}]} for text in QUESTIONS * 2]
-    (home / 'prompts.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    tokenizer = train_tokenizer(QUESTIONS * 9, home / 'tokenizer.model', SHAPE.vocab_size)
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        for name, kind, seed in (('policy', Llama, 0), ('help', ScoreModel, 1), ('safe', ScoreModel, 2)):
-            model = kind(SHAPE, jax.random.key(seed))
-            if name == 'policy':  # one that ends soon
-                model.head_DV[...] *= jnp.where(jnp.arange(SHAPE.vocab_size) == tokenizer.eos_id, 6.0, 1.0)[None]
-            save_model(home / name, model, tokenizer, {'stage': 'test', 'parent': None, 'step': 0})
-    return home
+    return make_home(tmp_path_factory.mktemp('rs'), rows, eos=6.0)
 
 
 def config(home, **changes):

@@ -31,11 +31,7 @@ SHAPE = ModelConfig(vocab_size=290, dim=32, layers=2, heads=4, kv_heads=2, head_
 RATINGS = ('negligibly', 'slightly', 'better', 'significantly', None)
 
 
-@pytest.fixture(autouse=True)
-def mesh():
-    """Each stage sets a mesh for its process; here the next test must not see it."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield jax.sharding.get_mesh()
+pytestmark = pytest.mark.usefixtures('mesh')
 
 
 @pytest.fixture(scope='module')

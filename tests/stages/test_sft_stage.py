@@ -33,11 +33,7 @@ SHAPE = ModelConfig(vocab_size=290, dim=32, layers=2, heads=4, kv_heads=2, head_
 QUESTIONS = [f'What is {a} and {b}?' for a in range(10) for b in range(6)]
 
 
-@pytest.fixture(autouse=True)
-def mesh():
-    """Each stage sets a mesh for its process; here the next test must not see it."""
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        yield
+pytestmark = pytest.mark.usefixtures('mesh')
 
 
 @pytest.fixture(scope='module')
