@@ -14,7 +14,9 @@ if 'LLAMA2_JAX_CACHE' not in os.environ:  # one for this session: pytest's worke
 from pathlib import Path  # noqa: E402 (the environment must be set before JAX is imported)
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -27,3 +29,11 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip(f'no optional test data at {SHARED}')
     return SHARED
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_mesh_left():
+    """Stages set a mesh for their process, which the next file's tests must not see."""
+    yield
+    if not jax.sharding.get_abstract_mesh().empty:
+        jax.set_mesh(Mesh(np.empty((), object), ()))

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import bucket
 import pytest
+import served_bucket
 
 from llama2_jax.config import UserError
 from llama2_jax.runtime.check import differences, unwritable
@@ -116,7 +116,7 @@ def test_who_has_fallen_silent(capsys):
 
 
 def test_check_of_two_processes_and_a_bucket(tmp_path):
-    with bucket.serve() as url:
+    with served_bucket.serve() as url:
         storage = {'TENSORSTORE_GCS_HTTP_URL': url, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x'}
         arguments = ('-m', 'llama2_jax.runtime', 'check', 'gs://bucket/run', tmp_path)
         address = free_address()
@@ -126,7 +126,7 @@ def test_check_of_two_processes_and_a_bucket(tmp_path):
     assert out.startswith('processes  2 on 1 host\nversions   python 3.') and out.endswith('\nReady.\n')
     assert 'devices    2 × cpu, 1 a process; all exchanged a number in' in out
     assert 'Ready' not in quiet and 'devices' not in quiet
-    assert bucket.Bucket.objects == {} and list(tmp_path.iterdir()) == []
+    assert served_bucket.Bucket.objects == {} and list(tmp_path.iterdir()) == []
 
 
 def test_check_names_who_differs():

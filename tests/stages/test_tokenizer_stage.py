@@ -23,7 +23,7 @@ def corpus(tmp_path):
 def test_trains_on_files(corpus, tmp_path, capsys):
     config = TokenizerConfig(corpus, vocab_size=300)
     tokenizer = stage.run(config, str(tmp_path / 'tok'))
-    assert sorted(p.name for p in (tmp_path / 'tok').iterdir()) == ['config.json', 'tokenizer.model']
+    assert sorted(p.name for p in (tmp_path / 'tok').iterdir()) == ['.lock', 'config.json', 'tokenizer.model']
     assert json.loads((tmp_path / 'tok/config.json').read_text())['source'] == corpus
     assert tokenizer.vocab_size == Tokenizer(tmp_path / 'tok').vocab_size == 300
     texts = [(tmp_path / 'corpus' / name).read_text(encoding='utf-8') for name in ('a.txt', 'b.txt')]
