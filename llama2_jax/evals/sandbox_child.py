@@ -69,6 +69,8 @@ def enter_root(folder: str, readable: list[str]) -> None:
     """A root directory of nothing but the interpreter and the system's libraries, read-only, and a small /tmp."""
     mount(None, '/', None, MS_REC | MS_PRIVATE)
     mount('none', folder, 'tmpfs', MS_NOSUID | MS_NODEV, 'mode=755,size=1m')
+    os.mkdir(f'{folder}/tmp')  # first: the interpreter may lie in there
+    mount('none', f'{folder}/tmp', 'tmpfs', MS_NOSUID | MS_NODEV, f'mode=1777,size={4 * FILE_BYTES}')
     for path in readable:
         inside = folder + path
         if os.path.islink(path):  # such as /lib -> usr/lib
@@ -83,8 +85,6 @@ def enter_root(folder: str, readable: list[str]) -> None:
         os.makedirs(f'{folder}/dev', exist_ok=True)
         os.close(os.open(f'{folder}/dev/{name}', os.O_CREAT | os.O_WRONLY, 0o644))
         mount(f'/dev/{name}', f'{folder}/dev/{name}', None, MS_BIND)
-    os.mkdir(f'{folder}/tmp')
-    mount('none', f'{folder}/tmp', 'tmpfs', MS_NOSUID | MS_NODEV, f'mode=1777,size={4 * FILE_BYTES}')
     attributes = struct.pack('QQQQ', MS_RDONLY, 0, 0, 0)
     call(MOUNT_SETATTR, -100, folder.encode(), 0, attributes, len(attributes))
     os.chdir(folder)
@@ -113,8 +113,6 @@ def drop_privileges(uid: int, inside: str) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    elif os.getuid() == 0:
-        os.chown(inside, 0, 0)  # without capabilities root writes only what belongs to it
     header, nothing = struct.pack('Ii', 0x20080522, 0), bytes(24)
     checked(LIBC.capset(header, nothing))
     no_new_privileges()
