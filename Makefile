@@ -24,7 +24,7 @@ setup: .venv/core  ## the environment that training needs, in .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
-demo: .venv/torch  ## the whole recipe on the toy world, from raw text to an aligned chat model in PyTorch: about 15 minutes on two cores
+demo: .venv/torch  ## the whole recipe on the toy world, from raw text to an aligned chat model in PyTorch
 	PATH="$(BIN):$$PATH" experiments/demo.sh $(SCALE)
 
 test: .venv/tests  ## ruff and all tests
