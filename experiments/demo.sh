@@ -7,7 +7,7 @@ home=demo
 pretrain=() sft=() reward=() sampling=() ppo=()
 case $scale in
   tiny) ;;
-  small) # three times the model, six times the text, and longer everywhere: about two hours
+  small) # three times the model, six times the text, and longer everywhere
     home=demo-small
     pretrain=(--set model.dim=192 --set model.layers=6 --set model.heads=6 --set model.hidden=512 --set tokens=6_000_000)
     sft=(--set data.epochs=2)

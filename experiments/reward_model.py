@@ -19,7 +19,7 @@ from llama2_jax.train.optimizer import OptimizerConfig
 
 
 def tiny() -> RewardConfig:
-    """Helpfulness in the toy world, from the toy chat model: a minute and a half on two cores (init_from='' trains that first).
+    """Helpfulness in the toy world, from the toy chat model (init_from='' trains that first).
 
     python experiments/reward_model.py --workdir=rm-help
     """
