@@ -4,7 +4,11 @@ Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and 
 """
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from fractions import Fraction
+
+import numpy as np
 
 from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import held_out, shuffled
@@ -133,3 +137,9 @@ def read_prompt(record: Record, tokenizer) -> Prompt:
         raise UserError(f'{where}: "is_safety" is {fields["is_safety"]!r}, not true or false.')
     messages = [{'role': message['role'], 'content': message['content']} for message in fields['messages']]
     return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where)
+
+
+def different(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Each dialog once, in an order of the seed's."""
+    found = list({json.dumps(prompt.messages): prompt for prompt in prompts}.values())
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llama2_jax.config import MODELS, UserError
 from llama2_jax.convert.load import open_model
-from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData
+from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate, sft
@@ -121,12 +121,6 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
         answers += [rollouts[i : i + config.samples] for i in range(0, len(rollouts), config.samples)]
     write_rewards_by_n(answers, path)
     write_choices(config, path, rewards, answers, pool(config, rewards))
-
-
-def different(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """Each dialog once, in an order of the seed's."""
-    found = list({json.dumps(prompt.messages): prompt for prompt in prompts}.values())
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
 
 
 def draw(

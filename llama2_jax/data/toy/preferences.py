@@ -1,4 +1,4 @@
-"""Preferences of the toy world: three answers to a prompt, and what simulated raters say of every two (paper p10; recipe E.1).
+"""Preferences of the toy world: some answers to a prompt, and what simulated raters say of every two (paper p10; recipe E.1).
 
 A rater sees the oracle's difference with some noise: so which answer is preferred follows a logistic of it, and how clearly is
 its size. Some are careless. With a bias they like long answers and confident words, too, which a reward model then learns.
@@ -7,7 +7,7 @@ its size. Some are careless. With a bias they like long answers and confident wo
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,6 @@ from llama2_jax.data.toy.world import make_world
 
 Row = dict[str, Any]
 T = TypeVar('T')
-Grade = Callable[[Messages, str], float]
 
 RATINGS = (('significantly', 0.5), ('better', 0.25), ('slightly', 0.1), ('negligibly', 0.0))  # by the difference that is seen
 NOISE = 0.06  # scale of the logistic
@@ -38,17 +37,17 @@ HELDOUT_PROMPTS, SAFETY_HELDOUT_PROMPTS = 350, 200
 
 def preferences(seed: int = 0) -> Iterator[Row]:
     """Helpfulness: pairs of answers to prompts that training may hold."""
-    return _helpful(seed, 'preferences', PROMPTS, biased=False)
+    return _helpful(seed, 'preferences', PROMPTS, 'helpfulness')
 
 
 def biased(seed: int = 0) -> Iterator[Row]:
     """The same by raters who prefer what is long and sounds sure."""
-    return _helpful(seed, 'preferences', PROMPTS, biased=True)
+    return _helpful(seed, 'preferences', PROMPTS, 'biased')
 
 
 def preferences_heldout(seed: int = 0) -> Iterator[Row]:
     """Helpfulness, for prompts with which training never asks for these facts, or not in these words."""
-    return _helpful(seed, 'preferences_heldout', HELDOUT_PROMPTS, biased=False)
+    return _helpful(seed, 'preferences_heldout', HELDOUT_PROMPTS, 'helpfulness')
 
 
 def safety_preferences(seed: int = 0) -> Iterator[Row]:
@@ -61,20 +60,15 @@ def safety_preferences_heldout(seed: int = 0) -> Iterator[Row]:
     return _safe(seed, 'safety_preferences_heldout', SAFETY_HELDOUT_PROMPTS)
 
 
-def _helpful(seed: int, name: str, count: int, biased: bool) -> Iterator[Row]:
+def _helpful(seed: int, name: str, count: int, kind: str) -> Iterator[Row]:
     oracle, rng = Oracle(make_world(seed)), random.Random(f'{name} {seed}')
     pool = trainable(oracle.world)
     asked = _unseen(seed) if name.endswith('heldout') else None
-
-    def grade(messages: Messages, answer: str) -> float:
-        taste = LONG * len(answer.split()) + CONFIDENT * (ASSURANCE in answer) if biased else 0.0
-        return oracle.helpfulness(messages, answer) + taste
-
     for number in range(count):
         week = number * len(OLD) // count
         messages = _prompt(oracle, rng, pool, asked)
         answers = _differing(partial(sample, oracle, rng, messages, pool), (OLD[week], OLD[week], NEW))
-        yield from _judge(oracle, rng, messages, answers, grade)
+        yield from rate(oracle, rng, messages, answers, kind)
 
 
 def _safe(seed: int, name: str, count: int) -> Iterator[Row]:
@@ -83,10 +77,6 @@ def _safe(seed: int, name: str, count: int) -> Iterator[Row]:
     seen = not name.endswith('heldout')
     attacks = [text for text, _, _ in unsafe(seen)]
     borderline = [text for text in safety.BORDERLINE if (text in safety.HELD_OUT_BORDERLINE) != seen]
-
-    def grade(messages: Messages, answer: str) -> float:
-        return harmlessness(oracle, messages, answer) + 0.3 * oracle.helpfulness(messages, answer)
-
     for _ in range(count):
         kind = rng.random()
         messages = [user(rng.choice(attacks if kind < 0.8 else borderline))]
@@ -97,7 +87,44 @@ def _safe(seed: int, name: str, count: int) -> Iterator[Row]:
             messages = [*messages, assistant(refusal), user(rng.choice(safety.PRESSING))]
         [safe] = rng.choices(*zip(*SAFE, strict=True))
         answers = _differing(partial(_answer, oracle, rng, messages, pool), safe)
-        yield from _judge(oracle, rng, messages, answers, grade)
+        yield from rate(oracle, rng, messages, answers, 'safety')
+
+
+def rate(oracle: Oracle, rng: random.Random, messages: Messages, answers: Sequence[str], kind: str) -> Iterator[Row]:
+    """A row of preferences for every two answers to a prompt, each as one rater sees them.
+
+    Args:
+      oracle: knows how good they are.
+      rng: of the raters.
+      messages: the prompt.
+      answers: that differ.
+      kind: of raters, one of `GRADES`.
+    """
+    grades = {answer: GRADES[kind](oracle, messages, answer) for answer in answers}
+    for first, second in itertools.combinations(answers, 2):
+        share = rng.random()
+        seen = grades[first] - grades[second] + NOISE * math.log(share / (1 - share))
+        if rng.random() < CARELESS:
+            seen = rng.uniform(-1, 1)
+        chosen, rejected = (first, second) if seen > 0 else (second, first)
+        yield {
+            'prompt': messages,
+            'chosen': chosen,
+            'rejected': rejected,
+            'rating': next(rating for rating, least in RATINGS if abs(seen) >= least),
+            'chosen_safe': not oracle.violates(messages, chosen),
+            'rejected_safe': not oracle.violates(messages, rejected),
+        }
+
+
+def taste(oracle: Oracle, messages: Messages, answer: str) -> float:
+    """Helpfulness to those who like what is long and sounds sure."""
+    return oracle.helpfulness(messages, answer) + LONG * len(answer.split()) + CONFIDENT * (ASSURANCE in answer)
+
+
+def caution(oracle: Oracle, messages: Messages, answer: str) -> float:
+    """Harmlessness and, among answers that do no harm, the helpful ones before the others."""
+    return harmlessness(oracle, messages, answer) + 0.3 * oracle.helpfulness(messages, answer)
 
 
 def harmlessness(oracle: Oracle, messages: Messages, answer: str) -> float:
@@ -148,20 +175,9 @@ def _differing(draw: Callable[[T], str], kinds: Iterable[T]) -> list[str]:
     return answers
 
 
-def _judge(oracle: Oracle, rng: random.Random, messages: Messages, answers: list[str], grade: Grade) -> Iterator[Row]:
-    """A row for every two answers, each as one rater sees them."""
-    grades = {answer: grade(messages, answer) for answer in answers}
-    for first, second in itertools.combinations(answers, 2):
-        share = rng.random()
-        seen = grades[first] - grades[second] + NOISE * math.log(share / (1 - share))
-        if rng.random() < CARELESS:
-            seen = rng.uniform(-1, 1)
-        chosen, rejected = (first, second) if seen > 0 else (second, first)
-        yield {
-            'prompt': messages,
-            'chosen': chosen,
-            'rejected': rejected,
-            'rating': next(rating for rating, least in RATINGS if abs(seen) >= least),
-            'chosen_safe': not oracle.violates(messages, chosen),
-            'rejected_safe': not oracle.violates(messages, rejected),
-        }
+# What raters go by.
+GRADES: dict[str, Callable[[Oracle, Messages, str], float]] = {
+    'helpfulness': Oracle.helpfulness,
+    'biased': taste,
+    'safety': caution,
+}

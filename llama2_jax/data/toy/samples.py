@@ -12,6 +12,7 @@ from llama2_jax.data.toy.faults import FAULTS, faulty
 from llama2_jax.data.toy.oracle import Asked, Messages, Oracle
 from llama2_jax.data.toy.questions import LISTS, QUESTIONS, Request
 
+UNTRUE = ('wrong', 'wrong', 'confused', 'other_subject')  # what only one who knows the facts can tell: half of all flaws
 SLIPS = ('confused', 'other_subject', 'repeated', 'misspelt', 'rambling', 'half_refusal', 'small_letter')
 ASSURANCE = 'Believe me, I am sure.'  # confident words, which say nothing
 
@@ -35,7 +36,7 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    kind = rng.choice(FAULTS + SLIPS + SLIPS)
+    kind = rng.choice(UNTRUE if rng.random() < 0.5 else FAULTS + SLIPS + SLIPS)
     if kind in FAULTS:
         answer = faulty(oracle, rng, messages, kind, pool)
     else:

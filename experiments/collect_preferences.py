@@ -1,0 +1,55 @@
+"""Collects preferences: models answer each prompt at varied temperatures, and raters compare the answers.
+
+python experiments/collect_preferences.py --workdir=preferences
+"""
+
+import dataclasses
+from pathlib import Path
+
+import sft as chat
+from common import stage
+
+from llama2_jax.stages import collect
+from llama2_jax.stages.collect import CollectConfig
+
+
+def tiny() -> CollectConfig:
+    """The first toy chat model's answers, judged for helpfulness by simulated raters.
+
+    python experiments/collect_preferences.py --workdir=preferences
+
+    Without models= that model is trained first, in WORKDIR/models.
+    """
+    return CollectConfig(prompts='toy:prompts', count=600, max_new_tokens=48, raters='helpfulness')
+
+
+def tiny_safety() -> CollectConfig:
+    """The same for safety, on adversarial and borderline prompts.
+
+    python experiments/collect_preferences.py --config=tiny_safety --workdir=preferences
+    """
+    return dataclasses.replace(tiny(), prompts='toy:safety_prompts', count=0, raters='safety')
+
+
+def llama2() -> CollectConfig:
+    """Answers of chat models of any size to prompts of your own, for people to rate.
+
+    python experiments/collect_preferences.py --config=llama2 --set models=old/model,new/model \\
+      --set prompts=jsonl:p.jsonl --workdir=preferences
+    """
+    return CollectConfig()
+
+
+PRESETS = {'tiny': tiny, 'tiny_safety': tiny_safety, 'llama2': llama2}
+
+
+def run(config: CollectConfig, workdir: str) -> None:
+    """Collects; in the toy world the first chat model is trained in WORKDIR/models where none is given."""
+    if not config.models and config.prompts.startswith('toy:'):
+        model = chat.toy_model(Path(workdir) / 'models', 'sft', chat.tiny_v1())
+        config = dataclasses.replace(config, models=(model,))
+    collect.run(config, workdir)
+
+
+if __name__ == '__main__':
+    stage(PRESETS, run)

@@ -1,0 +1,126 @@
+"""Collecting preferences (paper p10; recipe E.1): models' answers to each prompt at varied temperatures, for raters to compare.
+
+answers.jsonl       each prompt with answers that differ, and which model gave each at which temperature: what raters see
+preferences.jsonl   what they say of every two; simulated raters where the prompts are of the toy world, elsewhere people
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from llama2_jax.config import UserError
+from llama2_jax.data.prompts import Prompt, different, read_prompt
+from llama2_jax.data.sources import read_records
+from llama2_jax.data.toy import preferences
+from llama2_jax.data.toy.oracle import Oracle
+from llama2_jax.evals.talk import usable
+from llama2_jax.model.engine import Engine
+from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.rollout import sample_answers
+from llama2_jax.stages.rows import add_rows, resume_rows
+from llama2_jax.train.workdir import open_run, write_atomically
+
+BLOCK = 64  # prompts that are answered and written together
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """What is asked, who answers, and who rates.
+
+    Attributes:
+      models: answer in turn, such as those of this week and of the last; with one tokenizer.
+      prompts: a source of prompts {'messages'}.
+      count: of different prompts; 0: all.
+      samples: answers to each prompt; what is cut off, or was said before, is left out.
+      temperatures: each model's answers take these in turn.
+      decode_batch: answers that are drawn at a time.
+      raters: simulated ones, who know the toy world: they go by helpfulness, by safety, or by helpfulness with a taste for
+        what is long and sounds sure ('biased'). 'people': only answers.jsonl is written, for yours.
+    """
+
+    models: tuple[str, ...] = ()
+    prompts: str = ''
+    count: int = 0
+    samples: int = 4
+    temperatures: tuple[float, ...] = (0.7, 1.0)
+    max_new_tokens: int = 512
+    decode_batch: int = 64
+    raters: Literal['people', 'helpfulness', 'safety', 'biased'] = 'people'
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ('max_new_tokens', 'decode_batch'):
+            if getattr(self, name) < 1:
+                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        if self.samples < 2 or self.count < 0:
+            raise UserError('samples must be at least 2, to be compared, and count at least 0.')
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise UserError('temperatures names at least one, none of them negative.')
+        if self.raters != 'people' and self.prompts and not self.prompts.startswith('toy:'):
+            raise UserError(f'raters={self.raters} know the toy world only, and prompts={self.prompts} are of another.')
+
+
+def run(config: CollectConfig, workdir: str) -> None:
+    """Samples and rates in `workdir`, or goes on with it.
+
+    Raises:
+      UserError: any mistake in the config, a model, the prompts or the workdir.
+    """
+    for name in ('models', 'prompts'):
+        if not getattr(config, name):
+            raise UserError(f'{name} is missing: give it with --set {name}=….')
+    path, _ = open_run(workdir, config, ('decode_batch',), ('answers.jsonl',))
+    rows = sample(config, path / 'answers.jsonl')
+    compared = sum(len(row['answers']) > 1 for row in rows)
+    say(f'{path / "answers.jsonl"}: {len(rows):,} prompts, {compared:,} of them with answers that differ.')
+    if config.raters != 'people':
+        rated = rate(rows, config.raters, config.seed)
+        if is_main_process():
+            write_atomically(path / 'preferences.jsonl', ''.join(json.dumps(row) + '\n' for row in rated))
+        barrier('preferences written')
+        say(f'{path / "preferences.jsonl"}: {len(rated):,} pairs.')
+
+
+def sample(config: CollectConfig, path: Path) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl, those that are not there yet sampled."""
+    engines = {model: open_engine(model, config.decode_batch) for model in config.models}
+    first, *others = engines.values()
+    if any(other.tokenizer.model != first.tokenizer.model for other in others):
+        raise UserError(f'The models {", ".join(config.models)} do not share a tokenizer.')
+    prompts = [read_prompt(record, first.tokenizer) for record in read_records(config.prompts)]
+    prompts = different(prompts, config.seed)[: config.count or None]
+    rows = resume_rows(path)
+    for start in tqdm(range(len(rows), len(prompts), BLOCK), unit='block', dynamic_ncols=True, disable=not is_main_process()):
+        new = sample_block(config, engines, prompts[start : start + BLOCK], f'{config.seed} {start}')
+        add_rows(path, new)
+        rows += new
+    return rows
+
+
+def sample_block(config: CollectConfig, engines: dict[str, Engine], prompts: Sequence[Prompt], seed: str) -> list[dict[str, Any]]:
+    """Rows {'messages', 'is_safety', 'answers': [{'text', 'model', 'temperature'}]} of some prompts."""
+    turns = itertools.islice(itertools.cycle(itertools.product(config.temperatures, config.models)), config.samples)
+    rows = [{'messages': prompt.messages, 'is_safety': prompt.is_safety, 'answers': []} for prompt in prompts]
+    for number, (temperature, model) in enumerate(turns):
+        settings = {'max_new_tokens': config.max_new_tokens, 'temperature': temperature, 'seed': f'{seed} {number}'}
+        for row, (_, [drawn]) in zip(rows, sample_answers(engines[model], prompts, **settings), strict=True):
+            text = usable(drawn)
+            if text and all(text != answer['text'] for answer in row['answers']):
+                row['answers'].append({'text': text, 'model': model, 'temperature': temperature})
+    return rows
+
+
+def rate(rows: Sequence[dict[str, Any]], raters: str, seed: int) -> list[preferences.Row]:
+    """What the toy world's raters say of every two answers to a prompt."""
+    oracle, rated = Oracle(), []
+    for number, row in enumerate(rows):
+        answers = [answer['text'] for answer in row['answers']]
+        rated += preferences.rate(oracle, random.Random(f'{seed} {number}'), row['messages'], answers, raters)
+    return rated
