@@ -36,14 +36,21 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    kind = rng.choice(UNTRUE if rng.random() < 0.5 else FAULTS + SLIPS + SLIPS)
-    if kind in FAULTS:
-        answer = faulty(oracle, rng, messages, kind, pool)
-    else:
-        plain = _slip(kind, oracle, rng, Asked(asked.request, ()), pool)
-        answer = plain and instructions.dress(asked.instructions, plain)
+    flaws = [rng.choice(FAULTS + SLIPS + SLIPS)]
+    if rng.random() < 0.5:
+        flaws.insert(0, rng.choice(UNTRUE))
+    answer = next(filter(None, (_with(flaw, oracle, rng, messages, pool) for flaw in flaws)), None)
     answer = answer or oracle.perfect(asked, rng)
     return f'{answer} {ASSURANCE}' if rng.random() < 0.06 else answer
+
+
+def _with(flaw: str, oracle: Oracle, rng: random.Random, messages: Messages, pool: Sequence[Request]) -> str | None:
+    """An answer with one of `FAULTS` or `SLIPS`; None where the question gives no room for it."""
+    if flaw in FAULTS:
+        return faulty(oracle, rng, messages, flaw, pool)
+    asked = oracle.understand(messages)
+    plain = _slip(flaw, oracle, rng, Asked(asked.request, ()), pool)
+    return plain and instructions.dress(asked.instructions, plain)
 
 
 def _slip(kind: str, oracle: Oracle, rng: random.Random, asked: Asked, pool: Sequence[Request]) -> str | None:
