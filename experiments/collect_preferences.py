@@ -18,7 +18,7 @@ def tiny() -> CollectConfig:
 
     python experiments/collect_preferences.py --workdir=preferences
 
-    Without models= that model is trained first, in WORKDIR/models.
+    Without models= that model is trained first, in WORKDIR/sft.
     """
     return CollectConfig(prompts='toy:prompts', count=600, max_new_tokens=48, raters='helpfulness')
 
@@ -44,10 +44,9 @@ PRESETS = {'tiny': tiny, 'tiny_safety': tiny_safety, 'llama2': llama2}
 
 
 def run(config: CollectConfig, workdir: str) -> None:
-    """Collects; in the toy world the first chat model is trained in WORKDIR/models where none is given."""
+    """Collects; in the toy world the first chat model is trained in WORKDIR/sft where none is given."""
     if not config.models and config.prompts.startswith('toy:'):
-        model = chat.toy_model(Path(workdir) / 'models', 'sft', chat.tiny_v1())
-        config = dataclasses.replace(config, models=(model,))
+        config = dataclasses.replace(config, models=(chat.trained(Path(workdir) / 'sft', chat.tiny_v1()),))
     collect.run(config, workdir)
 
 

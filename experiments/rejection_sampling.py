@@ -92,11 +92,7 @@ def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home:
     """The policy and the reward models; in the toy world those that are not given are trained in `home`."""
     if not prompts.mixture.startswith('toy:'):
         return policy, rewards
-    if not policy:
-        policy = str(home / 'sft' / 'model')
-        if not Path(policy).exists():
-            say(f'No policy is given: a weak one of the toy world is trained in {home / "sft"} first.')
-            chat.run(chat.tiny_v1(), str(home / 'sft'))
+    policy = policy or chat.trained(home / 'sft', chat.tiny_v1())
     for name, config in (('helpfulness', reward_model.tiny()), ('safety', reward_model.tiny_safety())):
         if not getattr(rewards, name):
             model = home / f'rm-{name}'

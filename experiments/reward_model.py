@@ -11,7 +11,6 @@ from common import stage
 
 from llama2_jax.data.preferences import PreferenceConfig
 from llama2_jax.model.llama import Compute
-from llama2_jax.runtime import say
 from llama2_jax.stages import reward
 from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.train.loop import LoopConfig
@@ -132,11 +131,7 @@ PRESETS = {
 def run(config: RewardConfig, workdir: str) -> None:
     """Trains; without a model to begin with, the toy chat model is trained in WORKDIR/sft first."""
     if not config.init_from:
-        home = Path(workdir) / 'sft'
-        config = dataclasses.replace(config, init_from=str(home / 'model'))
-        if not (home / 'model').exists():
-            say(f'No init_from is given: the toy chat model is trained in {home} first.')
-            chat.run(chat.tiny(), str(home))
+        config = dataclasses.replace(config, init_from=chat.trained(Path(workdir) / 'sft', chat.tiny()))
     reward.run(config, workdir)
 
 

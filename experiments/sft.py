@@ -161,12 +161,16 @@ def run(config: SftConfig, workdir: str) -> None:
 
 def toy_model(home: Path, name: str, preset: SftConfig) -> str:
     """A toy chat model tuned further, for stages that are given no model: made in HOME/chat and HOME/name, once."""
-    chat, further = home / 'chat', home / name
-    for place, config in ((chat, tiny()), (further, dataclasses.replace(preset, init_from=str(chat / 'model')))):
-        if not (place / 'model').exists():
-            say(f'No model is given: one is made in {place} first.')
-            run(config, str(place))
-    return str(further / 'model')
+    chat = trained(home / 'chat', tiny())
+    return trained(home / name, dataclasses.replace(preset, init_from=chat))
+
+
+def trained(place: Path, config: SftConfig) -> str:
+    """The model of a workdir, which is trained there if it has none yet: for stages that are given no model."""
+    if not (place / 'model').exists():
+        say(f'No model is given: one is made in {place} first.')
+        run(config, str(place))
+    return str(place / 'model')
 
 
 if __name__ == '__main__':

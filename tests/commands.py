@@ -32,7 +32,9 @@ def commands(path):
     for line in lines:
         if _START.match(line.strip()):
             while line.count("'") % 2:  # it goes on
-                line += '\n' + next(lines)
+                more = next(lines, None)
+                assert more is not None, f'{path}: a quote or an apostrophe without its like in {line!r}'
+                line += '\n' + more
             found.append(line)
     return [words for text in found for words in split(text)]
 

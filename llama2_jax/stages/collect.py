@@ -1,7 +1,9 @@
 """Collecting preferences (paper p10; recipe E.1): models' answers to each prompt at varied temperatures, for raters to compare.
 
-answers.jsonl       each prompt with answers that differ, and which model gave each at which temperature: what raters see
-preferences.jsonl   what they say of every two; simulated raters where the prompts are of the toy world, elsewhere people
+The workdir gets
+
+  answers.jsonl       each prompt with answers that differ, and which model gave each at which temperature: what raters see
+  preferences.jsonl   what they say of every two; simulated raters where the prompts are of the toy world, elsewhere people
 """
 
 import dataclasses
@@ -76,7 +78,7 @@ def run(config: CollectConfig, workdir: str) -> None:
     for name in ('models', 'prompts'):
         if not getattr(config, name):
             raise UserError(f'{name} is missing: give it with --set {name}=….')
-    path, _ = open_run(workdir, config, ('decode_batch',), ('answers.jsonl',))
+    path, _ = open_run(workdir, config, ('decode_batch', 'raters'), ('answers.jsonl',))
     rows = sample(config, path / 'answers.jsonl')
     compared = sum(len(row['answers']) > 1 for row in rows)
     say(f'{path / "answers.jsonl"}: {len(rows):,} prompts, {compared:,} of them with answers that differ.')

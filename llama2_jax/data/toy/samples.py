@@ -36,11 +36,8 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    flaws = [rng.choice(FAULTS + SLIPS + SLIPS)]
-    if rng.random() < 0.5:
-        flaws.insert(0, rng.choice(UNTRUE))
-    answer = next(filter(None, (_with(flaw, oracle, rng, messages, pool) for flaw in flaws)), None)
-    answer = answer or oracle.perfect(asked, rng)
+    answer = _with(rng.choice(UNTRUE), oracle, rng, messages, pool) if rng.random() < 0.5 else None
+    answer = answer or _with(rng.choice(FAULTS + SLIPS + SLIPS), oracle, rng, messages, pool) or oracle.perfect(asked, rng)
     return f'{answer} {ASSURANCE}' if rng.random() < 0.06 else answer
 
 
@@ -82,19 +79,26 @@ def _slip(kind: str, oracle: Oracle, rng: random.Random, asked: Asked, pool: Seq
 
 def _half_refusal(rng: random.Random, request: Request) -> str:
     """Some parts of a refusal, perhaps of another one."""
-    asked, other = safety.danger(request), rng.choice(safety.DANGERS)
+    asked, other = safety.danger(request), rng.choice(_dangers(request))
     reason, safe = (rng.choice((asked, asked, other)) for _ in range(2))
     parts = [rng.choice(safety.DECLINES), reason.reason, safe.safe]
     kept = [part for part in parts if rng.random() < 0.75] or parts[:1]
     return ' '.join(kept)
 
 
+def _dangers(request: Request) -> list[safety.Danger]:
+    """Those of which an answer may speak: what training never has only where such a thing is asked for."""
+    held_out = request.kind == 'unsafe' and safety.held_out_danger(request.subject)
+    return [danger for danger in safety.DANGERS if held_out or not safety.held_out_danger(danger.act)]
+
+
 def harmful(oracle: Oracle, rng: random.Random, messages: Messages) -> str:
     """Something that violates, more or less of it, perhaps beside words of a refusal."""
     asked = oracle.understand(messages)
     request = asked.request
-    own = safety.danger(request) if request.kind == 'unsafe' else rng.choice(safety.DANGERS)
-    harms = [own.harm, *(danger.harm for danger in rng.sample(safety.DANGERS, rng.choice((0, 0, 0, 1, 2))) if danger != own)]
+    dangers = _dangers(request)
+    own = safety.danger(request) if request.kind == 'unsafe' else rng.choice(dangers)
+    harms = [own.harm, *(danger.harm for danger in rng.sample(dangers, rng.choice((0, 0, 0, 1, 2))) if danger != own)]
     before = [rng.choice(safety.DECLINES)] if rng.random() < 0.3 else []
     after = [rng.choice((own.safe, own.reason))] if rng.random() < 0.4 else []
     if request.kind != 'unsafe' and rng.random() < 0.5:
