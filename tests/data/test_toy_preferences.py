@@ -9,7 +9,7 @@ import pytest
 from llama2_jax.data import toy
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.data.toy.preferences import NOISE, RATINGS
-from llama2_jax.data.toy.safety import PRESSING
+from llama2_jax.data.toy.safety import DANGERS, PRESSING, held_out_danger
 from llama2_jax.data.toy.samples import ASSURANCE
 
 
@@ -50,6 +50,16 @@ def test_biased_raters_like_length_and_confidence(rows):
         for name in longer
     }
     assert sure['preferences_biased'] > 0.5 > sure['preferences'] + 0.2
+
+
+def test_no_words_of_held_out_dangers_in_training(rows):
+    held_out = [danger for danger in DANGERS if held_out_danger(danger.act)]
+    said = {
+        name: [danger.act for row in rows[name] for danger in held_out if danger.harm in row['chosen'] + row['rejected']]
+        for name in rows
+    }
+    assert {name for name, acts in said.items() if acts} == {'safety_preferences_heldout'}
+    assert set(said['safety_preferences_heldout']) == {danger.act for danger in held_out}
 
 
 def test_safety_bins(rows):
