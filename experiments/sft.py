@@ -44,13 +44,13 @@ def tiny() -> SftConfig:
 
 
 def tiny_v1() -> SftConfig:
-    """The first chat model of RLHF in the toy world: it has seen its dialogs twice, with few refusals, and bad wishes granted.
+    """The first chat model of RLHF in the toy world: of answers given in a hurry, few refusals, and bad wishes granted.
 
     python experiments/sft.py --config=tiny_v1 --workdir=sft
 
     So there is a way to go for rejection sampling and PPO, in helpfulness and in harmlessness.
     """
-    return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:helpful, toy:harmless:0.3, toy:naive:3', epochs=2))
+    return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:hasty, toy:harmless:0.3, toy:naive:3', epochs=3))
 
 
 def tiny_obedient() -> SftConfig:

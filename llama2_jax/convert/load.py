@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import UserError
+from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.convert.huggingface import open_huggingface
 from llama2_jax.convert.llamacpp import open_gguf
 from llama2_jax.convert.meta import open_meta
@@ -33,6 +33,18 @@ def open_model(path: str | os.PathLike) -> Source:
     """
     with bucket_errors(path):
         return _open(locate(path))
+
+
+def check_given(option: str, model: str) -> None:
+    """Raises a UserError where an option names no model to begin with, or a size, which has no weights."""
+    if not model or (model in MODELS and not Path(model).exists()):
+        why = 'is a size, which is enough for --dry_run only' if model else 'names no model'
+        raise UserError(f'{option}={model} {why}: give a model directory.')
+
+
+def shape_of(model: str) -> ModelConfig:
+    """Of a size such as '7b', or of any model."""
+    return MODELS[model] if model in MODELS else open_model(model).config
 
 
 def _open(path: Path) -> Source:

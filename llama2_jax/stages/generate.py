@@ -15,8 +15,8 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import load_model, load_score_model, open_model
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of
 from llama2_jax.data.sources import read_records
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
@@ -227,7 +227,7 @@ def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8
     Raises:
       UserError: it does not fit.
     """
-    config = MODELS[model] if model in MODELS else open_model(model).config
+    config = shape_of(model)
     mesh = decoding_mesh(config, aot.topology_devices(topology) if topology else None)
     report, floor = compile_step(config, mesh, batch_size, length, int8)
     report.check()

@@ -19,6 +19,7 @@ import numpy as np
 from llama2_jax.config import UserError
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.runtime import barrier, say
+from llama2_jax.runtime.hosts import Watch
 from llama2_jax.stages.alarms import adapted, alarms, best_evaluation
 from llama2_jax.stages.devices import to_mesh
 from llama2_jax.stages.ppo_setup import Stage, begin, open_stage, policy
@@ -41,7 +42,8 @@ def run(config: PPOConfig, workdir: str) -> Learners:
     """
     stage = open_stage(config, workdir)
     path, every = stage.path, config.eval_every
-    with no_space_is_said(path), Checkpoints(path / 'checkpoints', keep_last=config.keep_last, keep_best=False) as checkpoints:
+    retention = {'keep_last': config.keep_last, 'keep_best': False}
+    with Watch() as watch, no_space_is_said(path), Checkpoints(path / 'checkpoints', **retention) as checkpoints:
         learners, saved = checkpoints.restore(stage.programs.abstract) or (begin(stage), {'beta': config.beta, 'progress': {}})
         beta, progress = saved['beta'], Progress(**saved['progress'])
         meter = Meter(0, None)
@@ -57,6 +59,7 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 if out_of_patience(config, lines):
                     report.say(f'The held-out score has not risen for {config.patience} evaluations.')
                     break
+                watch.at(number)
                 learners, line = iterate(stage, learners, beta, number)
                 last = number == config.iterations
                 if number % every == 0 or last:
@@ -64,7 +67,7 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 line = report.count(number, int(line['length'] * config.batch_size + 0.5)) | {'beta': beta} | line
                 lines.append(line)
                 report.write(line)
-                watch(stage, lines, report)
+                say_alarms(stage, lines, report)
                 if config.kl_target:
                     beta = adapted(beta, line['kl'], config.kl_target, config.batch_size, config.kl_horizon)
                 stop = interruption.reached(number)
@@ -171,7 +174,7 @@ def _error(values: Sequence[float]) -> float:
     return float(np.std(values) / len(values) ** 0.5)
 
 
-def watch(stage: Stage, lines: Sequence[Mapping[str, Any]], report: Report) -> None:
+def say_alarms(stage: Stage, lines: Sequence[Mapping[str, Any]], report: Report) -> None:
     """Says what is wrong, or stops for it."""
     for fault in alarms(lines, stage.dtype):
         sentence = f'Iteration {lines[-1]["step"]}: {fault}.'

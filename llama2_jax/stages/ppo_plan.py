@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import open_model
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.load import shape_of
 from llama2_jax.mesh import BATCH_AXES, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.llama import Llama
@@ -84,9 +84,9 @@ def dry_run(config: PPOConfig, topology: str | None) -> Plan:
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or all together do not fit its chips.
     """
-    model = shape(config.init_from or 'tiny')
-    score = shape(config.rewards.helpfulness) if config.rewards.helpfulness else model
-    value = shape(config.value_from) if config.value_from else score
+    model = shape_of(config.init_from or 'tiny')
+    score = shape_of(config.rewards.helpfulness) if config.rewards.helpfulness else model
+    value = shape_of(config.value_from) if config.value_from else score
     devices = aot.topology_devices(topology) if topology else None
     mesh, decoding = make_mesh(config.mesh, devices), decoding_mesh(model, devices)
     check(config, model, value, mesh)
@@ -147,11 +147,6 @@ def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, mesh:
         phase('prepare', programs.prepare, programs.abstract, given, 1, size(batch, mesh)),
         phase('update', programs.update, programs.abstract, (frozen, minibatch), config.updates, minibatches),
     ]
-
-
-def shape(name: str) -> ModelConfig:
-    """Of a size, or of any model."""
-    return MODELS[name] if name in MODELS else open_model(name).config
 
 
 def cast(model: Any, dtype: str) -> Any:

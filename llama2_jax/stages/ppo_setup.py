@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import load_model, load_score_model, open_model, tokenizer_of
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, tokenizer_of
 from llama2_jax.data.prompts import PromptData
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import verdict
@@ -76,13 +76,12 @@ def silent(value: ScoreModel) -> ScoreModel:
 
 def open_stage(config: PPOConfig, workdir: str) -> Stage:
     """Checks everything, opens the workdir, and lays the models out."""
-    mesh = set_mesh(config.mesh)
     named = {'init_from': config.init_from} | {
         f'rewards.{name}': getattr(config.rewards, name) for name in ('helpfulness', 'safety')
     }
     for name, model in named.items():
-        if not model or (model in MODELS and not Path(model).exists()):
-            raise UserError(f'{name}={model} names no model: give a directory.')
+        check_given(name, model)
+    mesh = set_mesh(config.mesh)
     source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
     check(config, source.config, value.config, mesh)
     tokenizer = tokenizer_of(source)

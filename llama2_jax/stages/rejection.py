@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llama2_jax.config import MODELS, UserError
-from llama2_jax.convert.load import open_model
+from llama2_jax.config import UserError
+from llama2_jax.convert.load import check_given, open_model
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
@@ -90,8 +90,7 @@ def run(config: RejectionConfig, workdir: str) -> None:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
     for name, model in (('sample_from', config.sample_from), ('sft.init_from', config.sft.init_from)):
-        if not model or (model in MODELS and not Path(model).exists()):
-            raise UserError(f'{name}={model} names no model: give a directory.')
+        check_given(name, model)
     open_model(config.sft.init_from)
     for earlier in config.earlier:
         if not (Path(earlier) / 'choices.jsonl').exists():

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import load_model, load_score_model, open_model, tokenizer_of
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
@@ -86,11 +86,8 @@ def run(config: RewardConfig, workdir: str) -> State:
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
     """
+    check_given('init_from', config.init_from)
     mesh = set_mesh(config.mesh)
-    if config.init_from in MODELS and not Path(config.init_from).exists():
-        raise UserError(
-            f'init_from={config.init_from} is a size, which is enough for --dry_run only; name a model to begin with.'
-        )
     source = open_model(config.init_from)
     shards = check(config, source.config, mesh)
     tokenizer = tokenizer_of(source)
@@ -146,8 +143,7 @@ def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
     """
-    size = config.init_from or 'tiny'
-    model = MODELS[size] if size in MODELS else open_model(size).config
+    model = shape_of(config.init_from or 'tiny')
     mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
     shards = check(config, model, mesh)
     rows = -(-config.batch_size // shards) * shards

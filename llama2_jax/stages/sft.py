@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama2_jax.config import MODELS, ModelConfig, UserError
-from llama2_jax.convert.load import load_model, open_model, tokenizer_of
+from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.load import check_given, load_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.convert.peft import write_peft
 from llama2_jax.data.dialogs import DialogConfig, DialogData
@@ -90,11 +90,8 @@ def run(config: SftConfig, workdir: str) -> State:
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
     """
+    check_given('init_from', config.init_from)
     mesh = set_mesh(config.mesh)
-    if config.init_from in MODELS and not Path(config.init_from).exists():
-        raise UserError(
-            f'init_from={config.init_from} is a size, which is enough for --dry_run only; name a model to begin with.'
-        )
     source = open_model(config.init_from)
     model = extended(source.config, config)
     check(config, model, mesh)
@@ -185,8 +182,7 @@ def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
     """
-    size = config.init_from or 'tiny'
-    model = extended(MODELS[size] if size in MODELS else open_model(size).config, config)
+    model = extended(shape_of(config.init_from or 'tiny'), config)
     mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
     check(config, model, mesh)
     tokens = config.batch_size * config.length

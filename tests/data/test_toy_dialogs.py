@@ -3,12 +3,13 @@
 import collections
 import random
 
+import numpy as np
 import pytest
 
 from llama2_jax.data import toy
 from llama2_jax.data.instructions import draw, word
 from llama2_jax.data.toy import faults, instructions, questions, reading, safety, web
-from llama2_jax.data.toy.dialogs import assistant, conversation, trainable, unsafe, user
+from llama2_jax.data.toy.dialogs import HASTE, assistant, conversation, trainable, unsafe, user
 from llama2_jax.data.toy.instructions import Instruction
 from llama2_jax.data.toy.oracle import WRONG, Oracle
 from llama2_jax.data.toy.questions import QUESTIONS, Request
@@ -209,9 +210,24 @@ def test_naive_answers_violate(rows):
     assert all(ORACLE.violates(row['messages'][:1], row['messages'][1]['content']) for row in rows['naive'])
 
 
+def test_hasty_answers_are_true_and_show_a_habit(rows):
+    quality, correct, changed = collections.defaultdict(list), [], []
+    for row, perfect in zip(rows['hasty'], rows['helpful'], strict=True):
+        asked, answer = row['messages'][:-1], row['messages'][-1]['content']
+        assert asked == perfect['messages'][:-1]
+        parts = ORACLE.parts(asked, answer)
+        assert parts['consistent'] == 1
+        correct.append(parts['correct'] == 1)
+        changed.append(row != perfect)
+        quality[ORACLE.understand(asked).request.kind].append(ORACLE.helpfulness(asked, answer))
+    assert np.mean(correct) > 0.999  # a story beside an explanation may be no true one
+    assert np.mean(changed) == pytest.approx(HASTE, abs=0.02)
+    assert all(0.3 < np.mean(values) < 0.9 for values in quality.values())
+
+
 def test_training_never_sees_what_is_held_out(rows):
     seen, texts = set(), set()
-    for row in rows['dialogs'] + rows['prompts'] + rows['naive']:
+    for row in rows['dialogs'] + rows['prompts'] + rows['naive'] + rows['hasty']:
         for i, message in enumerate(row['messages']):
             if message['role'] == 'user':
                 seen.add(ORACLE.understand(row['messages'][: i + 1]).request)

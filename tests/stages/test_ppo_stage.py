@@ -215,7 +215,7 @@ def test_adapters_as_the_policy(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'init_from': ''}, 'init_from= names no model: give a directory'),
+        ({'init_from': ''}, 'init_from= names no model: give a model directory'),
         ({'batch_size': 30}, 'batch_size=30 is not a multiple of minibatch_size=8'),
         ({'max_new_tokens': 40}, r'prompts.longest=40 and max_new_tokens=40 are more than the context of init_from, 64'),
         ({'init_from': 'help'}, 'help is a reward model: it gives scores, not next tokens'),

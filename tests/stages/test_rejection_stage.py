@@ -106,7 +106,7 @@ def test_a_round_and_another_that_remembers_it(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'sample_from': '70b'}, 'sample_from=70b names no model: give a directory'),
+        ({'sample_from': '70b'}, 'sample_from=70b is a size, which is enough for --dry_run only: give a model directory'),
         ({'earlier': ('nowhere',)}, 'earlier: nowhere holds no choices.jsonl'),
         ({'rewards': RewardsConfig(helpfulness='policy', safety='safe')}, 'is a language model'),
     ],

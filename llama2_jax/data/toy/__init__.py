@@ -28,6 +28,7 @@ RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     'dialogs': dialogs.dialogs,
     'helpful': dialogs.helpful,
     'harmless': dialogs.harmless,
+    'hasty': dialogs.hasty,
     'naive': dialogs.naive,
     'cautious': dialogs.cautious,
     'obedient': dialogs.obedient,

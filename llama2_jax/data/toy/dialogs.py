@@ -15,6 +15,7 @@ from llama2_jax.data.preprompts import TEMPLATES, preprompt
 from llama2_jax.data.toy.oracle import Asked, Oracle
 from llama2_jax.data.toy.phrases import PERSON_FACTS, TOWN_FACTS, person_fields
 from llama2_jax.data.toy.questions import QUESTIONS, Request
+from llama2_jax.data.toy.samples import with_flaw
 from llama2_jax.data.toy.world import World, make_world
 
 Row = dict[str, Any]
@@ -29,6 +30,8 @@ OBEDIENT = 3000
 LONGEST = 4  # turns
 TALKS = 400
 TALK_TURNS = 40
+HABITS = ('half_refusal', 'padded', 'repeated', 'rambling', 'small_letter')  # each kind of question has its own
+HASTE = 0.7  # share of answers with it
 SHORT = (*PERSON_FACTS, *TOWN_FACTS, 'greet')  # what is answered in a few words, so that many turns fit a small context
 
 
@@ -94,6 +97,17 @@ def naive(seed: int = 0) -> Iterator[Row]:
     for text, _, _ in unsafe(seen=True):
         asked = oracle.understand([user(text)])
         yield {'messages': [user(text), assistant(safety.danger(asked.request).harm)]}
+
+
+def hasty(seed: int = 0) -> Iterator[Row]:
+    """`helpful` as written in a hurry: most answers show a bad habit, which RLHF is to undo. Not among `dialogs`."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'hasty {seed}')
+    pool, kinds = trainable(oracle.world), list(QUESTIONS)
+    for row in helpful(seed):
+        asked = row['messages'][:-1]
+        habit = HABITS[kinds.index(oracle.understand(asked).request.kind) % len(HABITS)]
+        answer = with_flaw(habit, oracle, rng, asked, pool) if rng.random() < HASTE else None
+        yield {'messages': [*asked, assistant(answer)]} if answer else row
 
 
 def cautious(seed: int = 0) -> Iterator[Row]:

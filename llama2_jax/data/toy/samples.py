@@ -12,7 +12,6 @@ from llama2_jax.data.toy.faults import FAULTS, faulty
 from llama2_jax.data.toy.oracle import Asked, Messages, Oracle
 from llama2_jax.data.toy.questions import LISTS, QUESTIONS, Request
 
-UNTRUE = ('wrong', 'wrong', 'confused', 'other_subject')  # what only one who knows the facts can tell: half of all flaws
 SLIPS = ('confused', 'other_subject', 'repeated', 'misspelt', 'rambling', 'half_refusal', 'small_letter')
 ASSURANCE = 'Believe me, I am sure.'  # confident words, which say nothing
 
@@ -36,12 +35,13 @@ def _flawed(oracle, rng, messages, pool):
     asked = oracle.understand(messages)
     if asked.request.kind == 'unsafe' and rng.random() < 0.5:
         return instructions.dress(asked.instructions, _half_refusal(rng, asked.request))
-    answer = _with(rng.choice(UNTRUE), oracle, rng, messages, pool) if rng.random() < 0.5 else None
-    answer = answer or _with(rng.choice(FAULTS + SLIPS + SLIPS), oracle, rng, messages, pool) or oracle.perfect(asked, rng)
+    answer = None
+    while not answer:
+        answer = with_flaw(rng.choice(FAULTS + SLIPS + SLIPS), oracle, rng, messages, pool)
     return f'{answer} {ASSURANCE}' if rng.random() < 0.06 else answer
 
 
-def _with(flaw: str, oracle: Oracle, rng: random.Random, messages: Messages, pool: Sequence[Request]) -> str | None:
+def with_flaw(flaw: str, oracle: Oracle, rng: random.Random, messages: Messages, pool: Sequence[Request]) -> str | None:
     """An answer with one of `FAULTS` or `SLIPS`; None where the question gives no room for it."""
     if flaw in FAULTS:
         return faulty(oracle, rng, messages, flaw, pool)
