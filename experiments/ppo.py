@@ -31,13 +31,13 @@ def tiny() -> PPOConfig:
     """
     return PPOConfig(
         prompts=rejection_sampling.PROMPTS,
-        optimizer=constant(2e-4),
+        optimizer=constant(1e-4),
         value_optimizer=constant(1e-3),
         iterations=30,
-        batch_size=64,
-        minibatch_size=16,
+        batch_size=128,
+        minibatch_size=32,
         max_new_tokens=rejection_sampling.ANSWER,
-        beta=0.02,
+        beta=0.1,
         eval_every=10,
         eval_prompts=96,
         judge='oracle',

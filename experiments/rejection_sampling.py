@@ -25,7 +25,7 @@ ANSWER = 48  # tokens; the longest right answer has 45
 
 
 def tiny() -> RejectionConfig:
-    """240 prompts of the toy world, six answers to each.
+    """800 prompts of the toy world, six answers to each.
 
     python experiments/rejection_sampling.py --workdir=rs
 
@@ -33,13 +33,13 @@ def tiny() -> RejectionConfig:
     """
     return RejectionConfig(
         prompts=PROMPTS,
-        count=240,
+        count=800,
         samples=6,
         temperatures=(0.5, 0.8, 1.1),
         tune_prompts=24,
         max_new_tokens=ANSWER,
         sft=SftConfig(
-            data=DialogConfig(mixture='', epochs=4),
+            data=DialogConfig(mixture='', epochs=2),
             optimizer=OptimizerConfig(peak_lr=7e-4, warmup_steps=0, warmup_share=0.03),
             loop=LoopConfig(eval_every=0, sample_every=0, checkpoint_every=200),
             batch_size=8,

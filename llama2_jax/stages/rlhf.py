@@ -44,7 +44,7 @@ class RlhfConfig:
       rewards: the reward models of all versions.
       versions: how many; the last one adds PPO.
       rejection, ppo: a round of each; the models and rewards in them are set by the loop.
-      evaluation: prompts that all versions answer in the end, greedily; of the toy world the oracle judges, too.
+      evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
       evaluation_prompts: so many of them; 0: all.
     """
 
@@ -89,7 +89,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
         models[f'RLHF-v{number}' + (' (no PPO)' if last else '')] = policy
     home = path / f'v{config.versions}' / 'ppo'
     say(f'RLHF-v{config.versions}: PPO in {home}')
-    ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=config.rewards), str(home))
+    ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=config.rewards, seed=config.seed), str(home))
     models[f'RLHF-v{config.versions} (with PPO)'] = str(home / 'model')
     report(config, models, path)
 
@@ -111,12 +111,12 @@ def report(config: RlhfConfig, models: Mapping[str, str], path: Path) -> None:
 
 
 def answer(config: RlhfConfig, model: str, file: Path) -> list[Rollout]:
-    """A model's greedy answers to the evaluation prompts, scored."""
+    """A model's answers to the evaluation prompts, one to each as the policy gives it, scored."""
     barrier('evaluation')
     if not file.exists():
         engine = open_engine(model, config.ppo.decode_batch)
         prompts = evaluation_prompts(config, engine.tokenizer)
-        settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': 0.0, 'seed': ''}
+        settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': config.ppo.temperature, 'seed': 'evaluation'}
         answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]
         write_rollouts(file, open_rewards(config.rewards, engine.tokenizer)(answers))
     return read_rollouts(file)
