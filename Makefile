@@ -4,7 +4,7 @@ SCALE ?= tiny
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test setup
+.PHONY: help demo test slow setup
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -27,7 +27,10 @@ setup: .venv/core  ## the environment that training needs, in .venv
 demo: .venv/torch  ## the whole recipe on the toy world, from raw text to an aligned chat model in PyTorch
 	PATH="$(BIN):$$PATH" experiments/demo.sh $(SCALE)
 
-test: .venv/tests  ## ruff and all tests
+test: .venv/tests  ## ruff, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+slow: .venv/tests  ## the slow tests: real sizes compiled for TPU pods, wide layers converted, processes killed, notebooks, the README's commands
+	$(BIN)/python -m pytest -n 2 -m slow

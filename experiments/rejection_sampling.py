@@ -25,7 +25,7 @@ ANSWER = 48  # tokens; the longest right answer has 45
 
 
 def tiny() -> RejectionConfig:
-    """800 prompts of the toy world, six answers to each.
+    """600 prompts of the toy world, six answers to each.
 
     python experiments/rejection_sampling.py --workdir=rs
 
@@ -33,7 +33,7 @@ def tiny() -> RejectionConfig:
     """
     return RejectionConfig(
         prompts=PROMPTS,
-        count=800,
+        count=600,
         samples=6,
         temperatures=(0.5, 0.8, 1.1),
         tune_prompts=24,

@@ -28,7 +28,7 @@ def tiny() -> RewardConfig:
         loop=LoopConfig(eval_every=100, checkpoint_every=100),
         reference='toy:dialogs',
         batch_size=24,
-        length=512,
+        length=544,  # four rows hold the 24 pairs of a batch
     )
 
 

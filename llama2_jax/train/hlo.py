@@ -158,7 +158,7 @@ class Module:
             return 0
         shapes = [self.named[computation][name].shape for name in i.operands if name in self.named[computation]]
         arrays = [dims for shape in shapes for dtype, dims, _ in arrays_of(shape) if dtype in ('bf16', 'f32') and len(dims) >= 3]
-        arrays = [dims for dims in arrays if dims[-2] >= 128 and dims[-1] >= 64]
+        arrays = [dims for dims in arrays if dims[-2] >= 128 and dims[-1] >= 32]
         queries = max(arrays, key=math.prod)
         keys = max(dims[-2] for dims in arrays if dims[-1] == queries[-1])
         outputs = [dims for _, dims, _ in arrays_of(i.shape) if len(dims) >= 3 and dims[-1] == queries[-1] and dims[-2] >= 128]
