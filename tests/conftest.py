@@ -6,7 +6,6 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, and here for subprocesses too
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-os.environ['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'  # tests compile more than they compute
 
 if 'LLAMA2_JAX_CACHE' not in os.environ:  # one for this session: pytest's worker processes find it set
     CACHE = tempfile.TemporaryDirectory(prefix='llama2_jax-')
