@@ -2,7 +2,7 @@
 
 python benchmarks/rlhf_seeds.py --init_from=sft/model --helpfulness=rm-help/model --safety=rm-safe/model --workdir=seeds
 
-Every seed is `experiments/rlhf.py` with one version, some five minutes on two cores; run again, it goes on where it stopped.
+Every seed is `experiments/rlhf.py` with one version, about ten minutes; run again, it goes on where it stopped.
 Prints each seed's helpfulness and harmlessness by the oracle, per cent, and in how many seeds a step raised them.
 """
 

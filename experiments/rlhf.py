@@ -21,7 +21,7 @@ def tiny() -> RlhfConfig:
 
     Without init_from and reward models those are trained first, in WORKDIR/models: a weak first chat model and both rewards.
     """
-    return RlhfConfig(rejection=dataclasses.replace(rejection_sampling.tiny(), count=400), ppo=ppo.tiny())
+    return RlhfConfig(rejection=rejection_sampling.tiny(), ppo=ppo.tiny())
 
 
 def llama2_7b() -> RlhfConfig:

@@ -8,12 +8,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llama2_jax.config import UserError
-from llama2_jax.data.prompts import Prompt, read_prompt
+from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import Verdict, verdict
@@ -43,9 +42,8 @@ class RlhfConfig:
       base: what each version is fine-tuned from; '': init_from.
       rewards: the reward models of all versions.
       versions: how many; the last one adds PPO.
-      rejection, ppo: a round of each; the models and rewards in them are set by the loop.
+      rejection, ppo: a round of each; models, rewards and seeds in them are set by the loop.
       evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
-      evaluation_prompts: so many of them; 0: all.
     """
 
     init_from: str = ''
@@ -55,7 +53,6 @@ class RlhfConfig:
     rejection: RejectionConfig = RejectionConfig()
     ppo: PPOConfig = PPOConfig()
     evaluation: str = 'toy:heldout'
-    evaluation_prompts: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,20 +112,11 @@ def answer(config: RlhfConfig, model: str, file: Path) -> list[Rollout]:
     barrier('evaluation')
     if not file.exists():
         engine = open_engine(model, config.ppo.decode_batch)
-        prompts = evaluation_prompts(config, engine.tokenizer)
+        prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.evaluation)]
         settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': config.ppo.temperature, 'seed': 'evaluation'}
         answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]
         write_rollouts(file, open_rewards(config.rewards, engine.tokenizer)(answers))
     return read_rollouts(file)
-
-
-def evaluation_prompts(config: RlhfConfig, tokenizer: Any) -> list[Prompt]:
-    """All prompts tagged safety, and as many of the others as make up the number, evenly spread."""
-    prompts = [read_prompt(record, tokenizer) for record in read_records(config.evaluation)]
-    tagged = [prompt for prompt in prompts if prompt.is_safety]
-    others = [prompt for prompt in prompts if not prompt.is_safety]
-    room = (config.evaluation_prompts or len(prompts)) - len(tagged)
-    return tagged + [others[i] for i in np.linspace(0, len(others) - 1, max(min(room, len(others)), 1)).astype(int)]
 
 
 def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle | None) -> Rates:
