@@ -14,13 +14,13 @@ from llama2_jax.stages.collect import CollectConfig
 
 
 def tiny() -> CollectConfig:
-    """The first toy chat model's answers, judged for helpfulness by simulated raters.
+    """Six answers of a toy chat model to each prompt, drawn as PPO draws them, judged for helpfulness by simulated raters.
 
-    python experiments/collect_preferences.py --workdir=preferences
+    python experiments/collect_preferences.py --set models=rs/model --workdir=preferences
 
-    Without models= that model is trained first, in WORKDIR/sft.
+    Without models= the first chat model is trained and asked, in WORKDIR/sft.
     """
-    return CollectConfig(prompts='toy:prompts', count=600, max_new_tokens=48, raters='helpfulness')
+    return CollectConfig(prompts='toy:prompts', samples=6, temperatures=(1.0,), max_new_tokens=48, raters='helpfulness')
 
 
 def tiny_safety() -> CollectConfig:
@@ -28,7 +28,7 @@ def tiny_safety() -> CollectConfig:
 
     python experiments/collect_preferences.py --config=tiny_safety --workdir=preferences
     """
-    return dataclasses.replace(tiny(), prompts='toy:safety_prompts', count=0, raters='safety')
+    return dataclasses.replace(tiny(), prompts='toy:safety_prompts', raters='safety')
 
 
 def llama2() -> CollectConfig:

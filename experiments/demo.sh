@@ -42,6 +42,12 @@ step 'Safety reward model.' 'It is to find the answers that do harm (unsafe_reca
   experiments/reward_model.py --config=tiny_safety --set "init_from=$home/sft/model" --workdir="$home/rm-safe" "${reward[@]}"
 step 'Rejection sampling.' 'The best of many answers scores higher the more there are; the model learns from the best.' \
   experiments/rejection_sampling.py --set "sample_from=$home/sft/model" "${rewards[@]}" --workdir="$home/rs" "${sampling[@]}"
+step 'Preferences.' 'The new model answers, and raters compare: what a reward model has to know now is what this model says.' \
+  experiments/collect_preferences.py --set "models=$home/rs/model" --workdir="$home/preferences"
+step 'Helpfulness reward model, renewed.' 'Of the new model it could hardly tell false answers from true ones; now it can.' \
+  experiments/reward_model.py --config=tiny_renewed --set "init_from=$home/rm-help/model" \
+  --set "data.mixture=jsonl:$home/preferences/preferences.jsonl" --workdir="$home/rm-renewed"
+rewards=(--set "rewards.helpfulness=$home/rm-renewed/model" --set "rewards.safety=$home/rm-safe/model")
 step 'PPO.' 'The held-out score rises; see whether the judge, an exact oracle, agrees, and how far KL says the model has gone.' \
   experiments/ppo.py --set "init_from=$home/rs/model" "${rewards[@]}" --workdir="$home/ppo" "${ppo[@]}"
 for version in pretrain sft rs ppo; do

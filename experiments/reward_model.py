@@ -46,6 +46,19 @@ def tiny_safety() -> RewardConfig:
     )
 
 
+def tiny_renewed() -> RewardConfig:
+    """Helpfulness, going on with a model on comparisons of a policy's own answers, which `collect_preferences.py` has made.
+
+    python experiments/reward_model.py --config=tiny_renewed --set init_from=rm-help/model --workdir=rm-renewed
+    """
+    return dataclasses.replace(
+        tiny(),
+        data=PreferenceConfig(mixture='jsonl:preferences/preferences.jsonl', epochs=2),
+        batch_size=96,  # about eight prompts with six answers each
+        length=1024,
+    )
+
+
 def llama2_7b_helpfulness() -> RewardConfig:
     """Helpfulness, from a 7B chat model.
 
@@ -119,6 +132,7 @@ def safety(size: str) -> RewardConfig:
 PRESETS = {
     'tiny': tiny,
     'tiny_safety': tiny_safety,
+    'tiny_renewed': tiny_renewed,
     'llama2_7b_helpfulness': llama2_7b_helpfulness,
     'llama2_13b_helpfulness': llama2_13b_helpfulness,
     'llama2_70b_helpfulness': llama2_70b_helpfulness,

@@ -6,8 +6,10 @@ python experiments/rlhf.py --workdir=rlhf
 import dataclasses
 from pathlib import Path
 
+import collect_preferences
 import ppo
 import rejection_sampling
+import reward_model
 from common import stage
 
 from llama2_jax.stages import rlhf
@@ -21,7 +23,12 @@ def tiny() -> RlhfConfig:
 
     Without init_from and reward models those are trained first, in WORKDIR/models: a weak first chat model and both rewards.
     """
-    return RlhfConfig(rejection=rejection_sampling.tiny(), ppo=ppo.tiny())
+    return RlhfConfig(
+        rejection=rejection_sampling.tiny(),
+        ppo=ppo.tiny(),
+        collect=collect_preferences.tiny(),
+        reward=reward_model.tiny_renewed(),
+    )
 
 
 def llama2_7b() -> RlhfConfig:

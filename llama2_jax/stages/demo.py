@@ -46,7 +46,7 @@ def stages(home: Path) -> Iterator[dict[str, str]]:
 
     yield {'stage': 'pretraining', 'measure': 'held-out loss', 'value': f'{last("pretrain", "heldout/loss"):.3f} nats a token'}
     yield {'stage': 'SFT', 'measure': 'held-out questions answered exactly', 'value': f'{last("sft", "toy/learnable/exact"):.1%}'}
-    for stage, title in (('rm-help', 'helpfulness'), ('rm-safe', 'safety')):
+    for stage, title in (('rm-help', 'helpfulness'), ('rm-safe', 'safety'), ('rm-renewed', 'renewed helpfulness')):
         for rating in ('significantly', 'better', 'slightly', 'negligibly'):
             yield {
                 'stage': f'{title} reward model',

@@ -2,6 +2,10 @@
 
 Each version is a directory, which goes on where it stopped: v1/ … v4/, v5/rs, v5/ppo. Every version samples from the one before,
 is fine-tuned from the same base, and keeps the best answers of all earlier ones.
+
+A reward model can tell answers apart that are like those it has learned from, so it has to follow the policy (p10, p14): after each
+round simulated raters compare answers of the new model (preferences/ in its directory), and the helpfulness model learns from
+that (rm-help/) before it judges the next step. Where raters are people, the reward models that are given serve all versions.
 """
 
 import dataclasses
@@ -17,10 +21,12 @@ from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import Verdict, verdict
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import ppo, rejection
+from llama2_jax.stages import collect, ppo, rejection, reward
+from llama2_jax.stages.collect import CollectConfig
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.ppo_update import PPOConfig
 from llama2_jax.stages.rejection import RejectionConfig
+from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.stages.rollout import RewardsConfig, Rollout, open_rewards, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.train.metrics import save_figure
 from llama2_jax.train.workdir import open_run, write_atomically
@@ -28,7 +34,7 @@ from llama2_jax.train.workdir import open_run, write_atomically
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
     *('ppo.mesh', 'ppo.compute', 'ppo.decode_batch', 'ppo.checkpoint_every', 'ppo.alarms'),
-    *('rejection.decode_batch', 'rejection.sft.mesh', 'rejection.sft.loop'),
+    *('rejection.decode_batch', 'rejection.sft.mesh', 'rejection.sft.loop', 'collect.decode_batch', 'reward.mesh', 'reward.loop'),
 )
 Rates = dict[str, tuple[float, float]]  # a mean and half its 95 % interval
 
@@ -40,9 +46,11 @@ class RlhfConfig:
     Attributes:
       init_from: the chat model to begin with (SFT).
       base: what each version is fine-tuned from; '': init_from.
-      rewards: the reward models of all versions.
+      rewards: the reward models of the first version, and of all where no simulated raters compare.
       versions: how many; the last one adds PPO.
-      rejection, ppo: a round of each; models, rewards and seeds in them are set by the loop.
+      rejection, ppo: a round of each. Models, rewards, seeds and comparisons of all stages are set by the loop.
+      collect, reward: how a new model's answers are compared, and how helpfulness then goes on learning; with
+        collect.raters='people' neither happens.
       evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
     """
 
@@ -52,6 +60,8 @@ class RlhfConfig:
     versions: int = 5
     rejection: RejectionConfig = RejectionConfig()
     ppo: PPOConfig = PPOConfig()
+    collect: CollectConfig = CollectConfig()
+    reward: RewardConfig = RewardConfig()
     evaluation: str = 'toy:heldout'
     seed: int = 0
 
@@ -67,7 +77,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
     path, _ = open_run(workdir, config, MAY_CHANGE, ('v1',))
-    models, done, policy = {'SFT': config.init_from}, [], config.init_from
+    models, done, policy, rewards = {'SFT': config.init_from}, [], config.init_from, config.rewards
     for number in range(1, config.versions + 1):
         last = number == config.versions
         home = path / f'v{number}' / ('rs' if last else '')
@@ -75,7 +85,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
         round_ = dataclasses.replace(
             config.rejection,
             sample_from=policy,
-            rewards=config.rewards,
+            rewards=rewards,
             earlier=tuple(done),
             sft=dataclasses.replace(config.rejection.sft, init_from=config.base or config.init_from),
             seed=config.seed + number,
@@ -84,17 +94,29 @@ def run(config: RlhfConfig, workdir: str) -> None:
         done.append(str(home))
         policy = str(home / 'model')
         models[f'RLHF-v{number}' + (' (no PPO)' if last else '')] = policy
+        if config.collect.raters != 'people':
+            rewards = renew(config, rewards, home)
     home = path / f'v{config.versions}' / 'ppo'
     say(f'RLHF-v{config.versions}: PPO in {home}')
-    ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=config.rewards, seed=config.seed), str(home))
+    ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=rewards, seed=config.seed), str(home))
     models[f'RLHF-v{config.versions} (with PPO)'] = str(home / 'model')
-    report(config, models, path)
+    report(config, rewards, models, path)
 
 
-def report(config: RlhfConfig, models: Mapping[str, str], path: Path) -> None:
-    """The paper's Figure 11 for our run: a table, its numbers, and a picture."""
+def renew(config: RlhfConfig, rewards: RewardsConfig, round_: Path) -> RewardsConfig:
+    """The reward models, helpfulness having learned from raters of the answers of the model in a directory of rejection sampling."""
+    collected, trained = round_ / 'preferences', round_ / 'rm-help'
+    say(f'Comparisons of its answers in {collected}, and a reward model that has learned from them in {trained}')
+    collect.run(dataclasses.replace(config.collect, models=(str(round_ / 'model'),), seed=config.seed), str(collected))
+    data = dataclasses.replace(config.reward.data, mixture=f'jsonl:{collected / "preferences.jsonl"}')
+    reward.run(dataclasses.replace(config.reward, init_from=rewards.helpfulness, data=data, seed=config.seed), str(trained))
+    return dataclasses.replace(rewards, helpfulness=str(trained / 'model'))
+
+
+def report(config: RlhfConfig, rewards: RewardsConfig, models: Mapping[str, str], path: Path) -> None:
+    """The paper's Figure 11 for our run, by the last reward models: a table, its numbers, and a picture."""
     answers = {
-        name: answer(config, model, path / 'evaluation' / f'{number}.jsonl')
+        name: answer(config, rewards, model, path / 'evaluation' / f'{number}.jsonl')
         for number, (name, model) in enumerate(models.items())
     }
     oracle = Oracle() if config.evaluation.startswith('toy:') else None
@@ -107,7 +129,7 @@ def report(config: RlhfConfig, models: Mapping[str, str], path: Path) -> None:
     say(text)
 
 
-def answer(config: RlhfConfig, model: str, file: Path) -> list[Rollout]:
+def answer(config: RlhfConfig, rewards: RewardsConfig, model: str, file: Path) -> list[Rollout]:
     """A model's answers to the evaluation prompts, one to each as the policy gives it, scored."""
     barrier('evaluation')
     if not file.exists():
@@ -115,7 +137,7 @@ def answer(config: RlhfConfig, model: str, file: Path) -> list[Rollout]:
         prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.evaluation)]
         settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': config.ppo.temperature, 'seed': 'evaluation'}
         answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]
-        write_rollouts(file, open_rewards(config.rewards, engine.tokenizer)(answers))
+        write_rollouts(file, open_rewards(rewards, engine.tokenizer)(answers))
     return read_rollouts(file)
 
 

@@ -22,6 +22,7 @@ def home(tmp_path):
         'sft': {'toy/learnable/exact': 0.75},
         'rm-help': ratings,
         'rm-safe': ratings,
+        'rm-renewed': ratings,
         'ppo': {'kl': 2.5},
     }
     for stage, line in lines.items():

@@ -9,6 +9,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.stages import rlhf
+from llama2_jax.stages.collect import CollectConfig
 from llama2_jax.stages.rlhf import RlhfConfig
 from llama2_jax.stages.rollout import RewardsConfig, Rollout
 
@@ -45,24 +46,33 @@ def test_wins_by_hand():
     assert rlhf.table({'SFT': same}).splitlines()[-1] == '| SFT | 50.0 ± 0.0 | 50.0 ± 0.0 |'
 
 
-def test_every_version_samples_from_the_one_before_and_remembers_all(tmp_path, monkeypatch):
-    rounds, runs = [], []
-    monkeypatch.setattr(rlhf.rejection, 'run', lambda config, home: rounds.append((config, home)))
-    monkeypatch.setattr(rlhf.ppo, 'run', lambda config, home: runs.append((config, home)))
+@pytest.fixture
+def called(monkeypatch):
+    """What each stage of the loop is called with, (config, workdir); what the models answer."""
+    calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'answer')}
+    for name in ('collect', 'reward', 'rejection', 'ppo'):
+        monkeypatch.setattr(getattr(rlhf, name), 'run', lambda config, home, name=name: calls[name].append((config, home)))
 
-    def answer(config, model, file):
+    def answer(config, rewards, model, file):
+        calls['answer'].append(rewards)
         worse = answers(['3 + 2 = 5.'], [HARM], [0.0, 0.0])
         return worse if model == 'sft' else answers(['3 + 2 = 5.'], [REFUSAL], [1.0, 1.0])
 
     monkeypatch.setattr(rlhf, 'answer', answer)
+    return calls
+
+
+def test_every_version_samples_from_the_one_before_and_remembers_all(tmp_path, called):
     config = RlhfConfig(init_from='sft', base='base', rewards=RewardsConfig('help', 'safe'), versions=3)
     rlhf.run(config, tmp_path)
+    rounds = called['rejection']
+    assert not called['collect'] and not called['reward'] and {round_.rewards for round_, _ in rounds} == {config.rewards}
     v1, v2, v3 = (str(tmp_path / name) for name in ('v1', 'v2', 'v3/rs'))
     assert [home for _, home in rounds] == [v1, v2, v3]
     assert [round_.sample_from for round_, _ in rounds] == ['sft', f'{v1}/model', f'{v2}/model']
     assert [round_.earlier for round_, _ in rounds] == [(), (v1,), (v1, v2)]
     assert {round_.sft.init_from for round_, _ in rounds} == {'base'} and len({round_.seed for round_, _ in rounds}) == 3
-    [(last, home)] = runs
+    [(last, home)] = called['ppo']
     assert (last.init_from, home) == (f'{v3}/model', str(tmp_path / 'v3/ppo')) and last.rewards == config.rewards
     rows = json.loads((tmp_path / 'versions.json').read_text())
     assert list(rows) == ['SFT', 'RLHF-v1', 'RLHF-v2', 'RLHF-v3 (no PPO)', 'RLHF-v3 (with PPO)']
@@ -72,3 +82,22 @@ def test_every_version_samples_from_the_one_before_and_remembers_all(tmp_path, m
     (tmp_path / 'v1').mkdir()
     with pytest.raises(UserError, match='belongs to a run with versions=3, and this one has versions=2'):
         rlhf.run(dataclasses.replace(config, versions=2), tmp_path)
+
+
+def test_the_helpfulness_model_follows_the_policy(tmp_path, called):
+    config = RlhfConfig(init_from='sft', rewards=RewardsConfig('help', 'safe'), versions=2, seed=5)
+    config = dataclasses.replace(config, collect=CollectConfig(prompts='toy:prompts', samples=6, raters='helpfulness'))
+    rlhf.run(config, tmp_path)
+    v1, v2 = (str(tmp_path / name) for name in ('v1', 'v2/rs'))
+    assert [(asked.models, home) for asked, home in called['collect']] == [
+        ((f'{home}/model',), f'{home}/preferences') for home in (v1, v2)
+    ]
+    assert [(learned.init_from, learned.data.mixture, home) for learned, home in called['reward']] == [
+        ('help', f'jsonl:{v1}/preferences/preferences.jsonl', f'{v1}/rm-help'),
+        (f'{v1}/rm-help/model', f'jsonl:{v2}/preferences/preferences.jsonl', f'{v2}/rm-help'),
+    ]
+    assert {made.seed for name in ('collect', 'reward') for made, _ in called[name]} == {5}
+    judges = [round_.rewards.helpfulness for round_, _ in called['rejection']]
+    assert judges == ['help', f'{v1}/rm-help/model']
+    [(last, _)] = called['ppo']
+    assert last.rewards == RewardsConfig(f'{v2}/rm-help/model', 'safe') and set(called['answer']) == {last.rewards}
