@@ -33,7 +33,7 @@ def tiny() -> PPOConfig:
         prompts=rejection_sampling.PROMPTS,
         optimizer=constant(1e-4),
         value_optimizer=constant(1e-3),
-        iterations=20,
+        iterations=30,
         batch_size=128,
         minibatch_size=32,
         max_new_tokens=rejection_sampling.ANSWER,
