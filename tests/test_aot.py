@@ -186,8 +186,6 @@ def test_options_by_chip():
     ('model', 'topology', 'chips', 'remat'),
     [
         ('7b', 'v5e:16x16', 256, 'q+k+v+attention'),
-        ('7b', 'v5p:4x4x4', 64, 'q+k+v+attention+gate+up'),
-        ('13b', 'v5p:4x8x8', 256, 'q+k+v+attention+gate+up'),
         ('70b', 'v5p:8x8x8', 512, 'q+k+v+attention'),
         ('70b', 'v5e:16x16', 256, 'offload'),
     ],

@@ -3,9 +3,9 @@
 Each version is a directory, which goes on where it stopped: v1/ … v4/, v5/rs, v5/ppo. Every version samples from the one before,
 is fine-tuned from the same base, and keeps the best answers of all earlier ones.
 
-A reward model can tell answers apart that are like those it has learned from, so it has to follow the policy (p10, p14): after each
-round simulated raters compare answers of the new model (preferences/ in its directory), and the helpfulness model learns from
-that (rm-help/) before it judges the next step. Where raters are people, the reward models that are given serve all versions.
+A reward model can tell answers apart that are like those it has learned from, so it has to follow the policy (p10, p14): after
+each round simulated raters compare answers of the new model (preferences/ in its directory), and the helpfulness model learns
+from that (rm-help/) before it judges the next step. Where raters are people, the reward models that are given serve all versions.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
 
 
 def renew(config: RlhfConfig, rewards: RewardsConfig, round_: Path) -> RewardsConfig:
-    """The reward models, helpfulness having learned from raters of the answers of the model in a directory of rejection sampling."""
+    """The reward models, of which helpfulness has now learned from answers of the model of a round of rejection sampling."""
     collected, trained = round_ / 'preferences', round_ / 'rm-help'
     say(f'Comparisons of its answers in {collected}, and a reward model that has learned from them in {trained}')
     collect.run(dataclasses.replace(config.collect, models=(str(round_ / 'model'),), seed=config.seed), str(collected))
