@@ -94,6 +94,25 @@ def advantages(
     return advantage_BL, mask_BL * (advantage_BL + value_BL)
 
 
+def group_advantages(reward_B: jax.Array, group_B: jax.Array, samples: int, scaled: bool) -> jax.Array:
+    """How much better an answer is than others to its prompt, which takes no value model.
+
+    Args:
+      reward_B: what each whole answer earns.
+      group_B: the number of its prompt; each has `samples` answers.
+      scaled: divides the distance from the mean by the group's standard deviation, as GRPO does (Shao et al., 2024). Otherwise it
+        is the distance from the mean of the others: RLOO (Kool et al., 2019).
+
+    >>> group_advantages(jnp.array([1.0, 5.0, 3.0, 9.0]), jnp.array([0, 1, 0, 1]), 2, scaled=False).tolist()
+    [-2.0, -4.0, 2.0, 4.0]
+    """
+    share_BB = (group_B[:, None] == group_B[None]) / samples
+    apart_B = reward_B - share_BB @ reward_B
+    if scaled:
+        return apart_B * jax.lax.rsqrt(share_BB @ apart_B**2 + EPSILON)
+    return apart_B * samples / (samples - 1)
+
+
 def _following(x_BL: jax.Array) -> jax.Array:
     """What the next position has; 0 after the last."""
     return jnp.pad(x_BL[:, 1:], ((0, 0), (0, 1)))

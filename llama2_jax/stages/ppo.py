@@ -98,10 +98,11 @@ def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple
     steps = jax.device_get(steps)
     clock.lap('update')
     for step in steps:
-        if not (step['policy/finite'] and step['value/finite']):
+        if not all(finite for name, finite in step.items() if name.endswith('finite')):
+            losses = ', '.join(f'{name} {loss}' for name, loss in step.items() if name.endswith('loss'))
             raise UserError(
-                f'Iteration {number}: the loss or gradient of a step is not finite (policy {step["policy/loss"]}, value '
-                f'{step["value/loss"]}). The last checkpoint and the answers in {stage.path / "rollouts"} are sound.'
+                f'Iteration {number}: the loss or gradient of a step is not finite ({losses}). '
+                f'The last checkpoint and the answers in {stage.path / "rollouts"} are sound.'
             )
     moved = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if not name.endswith('finite')}
     first = {'first_ratio_error': float(steps[0]['policy/ratio_error']), 'first_clipped': float(steps[0]['policy/clipped'])}
@@ -117,16 +118,16 @@ def roll_out(stage: Stage, learners: Learners, number: int, clock: 'Clock') -> l
         return read_rollouts(path)
     stage.engine.load(policy(stage, learners))
     clock.lap('reshard')
-    rollouts = draw(stage, stage.data.batch(number - 1), f'{config.seed} {number}', clock)
+    rollouts = draw(stage, stage.data.batch(number - 1), config.samples, f'{config.seed} {number}', clock)
     write_rollouts(path, rollouts)
     return rollouts
 
 
-def draw(stage: Stage, prompts: Sequence[Any], seed: str, clock: 'Clock') -> list[Rollout]:
-    """An answer to each prompt from the engine's policy, scored."""
+def draw(stage: Stage, prompts: Sequence[Any], samples: int, seed: str, clock: 'Clock') -> list[Rollout]:
+    """Answers to each prompt from the engine's policy, one prompt's after the other's, scored."""
     config = stage.config
-    settings = {'max_new_tokens': config.max_new_tokens, 'temperature': config.temperature, 'seed': seed}
-    answers = [(prompt, sample) for prompt, [sample] in sample_answers(stage.engine, prompts, **settings)]
+    settings = {'max_new_tokens': config.max_new_tokens, 'temperature': config.temperature, 'seed': seed, 'count': samples}
+    answers = [(prompt, sample) for prompt, drawn in sample_answers(stage.engine, prompts, **settings) for sample in drawn]
     clock.lap('generate')
     rollouts = stage.rewards(answers)
     clock.lap('score')
@@ -134,12 +135,14 @@ def draw(stage: Stage, prompts: Sequence[Any], seed: str, clock: 'Clock') -> lis
 
 
 def arrange(rollouts: Sequence[Rollout], config: PPOConfig) -> dict[str, np.ndarray]:
-    """This process's rows: tokens int32, answer bool and logprobs float32 [b, L+1], the engine's; score float32 [b].
+    """This process's rows: tokens int32, answer bool and logprobs float32 [b, L+1], the engine's; score float32 and group int32
+    [b], the number of the prompt in the batch.
 
     Prompts begin at 0 and answers follow at once; what pads a row on the right is known by its length.
     """
     rows = len(rollouts) // jax.process_count()
-    mine = rollouts[jax.process_index() * rows : (jax.process_index() + 1) * rows]
+    first = jax.process_index() * rows
+    mine = rollouts[first : first + rows]
     shape = (rows, config.length + 1)
     tokens, answer, logprobs = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
     for row, rollout in enumerate(mine):
@@ -147,7 +150,8 @@ def arrange(rollouts: Sequence[Rollout], config: PPOConfig) -> dict[str, np.ndar
         tokens[row, :start], tokens[row, start:end] = rollout.prompt.token_ids, rollout.token_ids
         answer[row, start:end], logprobs[row, start:end] = True, rollout.logprobs
     score = np.array([rollout.score for rollout in mine], np.float32)
-    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score}
+    group = np.arange(first, first + rows, dtype=np.int32) // config.samples
+    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score, 'group': group}
 
 
 def evaluate(
@@ -156,7 +160,7 @@ def evaluate(
     """Answers to held-out prompts, drawn as in training, always with the same seeds; the best policy so far becomes the model."""
     config = stage.config
     stage.engine.load(policy(stage, learners))
-    rollouts = draw(stage, stage.data.heldout[: config.eval_prompts], f'{config.seed} heldout', Clock())
+    rollouts = draw(stage, stage.data.heldout[: config.eval_prompts], 1, f'{config.seed} heldout', Clock())
     found = {'score_error': _error([rollout.score for rollout in rollouts]), **figures(rollouts)}
     if stage.judge:
         judged = stage.judge(rollouts)

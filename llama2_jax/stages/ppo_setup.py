@@ -63,6 +63,8 @@ def begin(stage: Stage) -> Learners:
         params = jax.jit(lambda key: make_adapters(stage.engine.config, config.lora, key))(jax.random.key(config.seed))
     else:
         params, _ = load_model(config.init_from, 'float32')
+    if not config.has_value:
+        return stage.programs.init(params, None)
     value, _ = load_score_model(config.value_from or config.rewards.helpfulness, 'float32')
     return stage.programs.init(params, silent(value))
 
@@ -85,7 +87,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
     check(config, source.config, value.config, mesh)
     tokenizer = tokenizer_of(source)
-    data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size, seed=config.seed)
+    data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
     path, _ = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
     compute = config.compute.on(jax.default_backend())
     rewards = open_rewards(config.rewards, tokenizer)

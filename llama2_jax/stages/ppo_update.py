@@ -11,7 +11,7 @@ import optax
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.prompts import PromptConfig
-from llama2_jax.mesh import MeshConfig, reshard
+from llama2_jax.mesh import MeshConfig, replicate, reshard
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters
 from llama2_jax.model.score import ScoreModel
@@ -36,9 +36,11 @@ class PPOConfig:
       value_optimizer: silent; InstructGPT's rate for its smaller models.
       lora: adapters as the policy, beside the reference.
       iterations: at most; the paper's 200 to 400.
-      batch_size, minibatch_size: answers in an iteration, one to a prompt, and in a step; each answer is learned from once.
+      batch_size, minibatch_size: answers in an iteration, and in a step; each answer is learned from once.
       max_new_tokens: an answer is cut off there; silent.
       temperature: of sampling, and of the log-probabilities; silent.
+      samples: answers to each prompt of a batch.
+      advantages: 'gae', by a value model, as in PPO; without one, of an answer beside the others to its prompt: 'rloo' or 'grpo'.
       beta: what a nat of KL costs: 0.01 for 7B and 13B, 0.005 for 34B and 70B.
       kl_target: nats of KL an answer; where it is set, beta is adapted towards it (Ziegler et al., 2019); silent.
       kl_horizon: answers over which that happens.
@@ -67,6 +69,8 @@ class PPOConfig:
     minibatch_size: int = 64
     max_new_tokens: int = 1024
     temperature: float = 1.0
+    samples: int = 1
+    advantages: Literal['gae', 'rloo', 'grpo'] = 'gae'
     beta: float = 0.01
     kl_target: float = 0.0
     kl_horizon: int = 10_000
@@ -85,12 +89,21 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ('iterations', 'minibatch_size', 'max_new_tokens', 'temperature', 'kl_horizon', 'decode_batch')
+        positive = ('iterations', 'minibatch_size', 'max_new_tokens', 'temperature', 'samples', 'kl_horizon', 'decode_batch')
         for name in (*positive, 'eval_every', 'eval_prompts', 'checkpoint_every', 'keep_last'):
             if not getattr(self, name) > 0:
                 raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
         if self.batch_size < 1 or self.batch_size % self.minibatch_size:
             raise UserError(f'batch_size={self.batch_size} is not a multiple of minibatch_size={self.minibatch_size}.')
+        if self.batch_size % self.samples:
+            raise UserError(f'batch_size={self.batch_size} is not a multiple of samples={self.samples}.')
+        if self.samples < 2 and not self.has_value:
+            raise UserError(f'advantages={self.advantages} compares answers to a prompt: samples must be at least 2.')
+
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a value model."""
+        return self.advantages == 'gae'
 
     @property
     def length(self) -> int:
@@ -107,7 +120,7 @@ class Learners(NamedTuple):
     """All that learns. The reference never does: it is the policy as it was, in the compute dtype."""
 
     policy: State  # of a Llama, or of adapters beside the reference
-    value: State  # of a ScoreModel
+    value: State | None  # of a ScoreModel
 
 
 class Programs(NamedTuple):
@@ -115,7 +128,7 @@ class Programs(NamedTuple):
 
     Attributes:
       abstract: `Learners` without values.
-      init: (policy's parameters, value model) -> learners before the first step; uses its arguments up.
+      init: (policy's parameters, value model or None) -> learners before the first step; uses its arguments up.
       prepare: (learners, (reference, beta, batch)) -> (minibatches, figures); see `make_prepare`.
       update: (learners, (reference, minibatch)) -> (learners, figures); uses the learners up.
     """
@@ -132,13 +145,13 @@ def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: Co
         make_optimizer(optimizer, config.iterations * config.updates) for optimizer in (config.optimizer, config.value_optimizer)
     ]
 
-    def init(policy: Llama | Adapters, value: ScoreModel) -> Learners:
-        return Learners(*(init_state(*pair) for pair in zip((policy, value), optimizers, strict=True)))
+    def init(policy: Llama | Adapters, value: ScoreModel | None) -> Learners:
+        return Learners(init_state(policy, optimizers[0]), init_state(value, optimizers[1]) if config.has_value else None)
 
     def abstract() -> Learners:
         key = jax.random.key(0)
         policy = make_adapters(model, config.lora, key) if config.lora.rank else Llama(model, key)
-        return init(policy, ScoreModel(value, key))
+        return init(policy, ScoreModel(value, key) if config.has_value else None)
 
     options = compiler_options(jax.devices()[0])
     return Programs(
@@ -168,41 +181,46 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
 
     def prepare(learners: Learners, given: tuple[Llama, jax.Array, Batch]) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
         reference, beta, batch = given
-        current, value = policy_of(config, learners.policy.params, reference), learners.value.params
+        current = policy_of(config, learners.policy.params, reference)
         parts = {
             'inputs': reshard(batch['tokens'][:, :-1], 'BL'),
             'targets': reshard(batch['tokens'][:, 1:], 'BL'),
             'mask': reshard(batch['answer'][:, 1:].astype(jnp.float32), 'BL'),
             'engine': reshard(batch['logprobs'][:, 1:], 'BL'),
             'score': returns.whiten(batch['score']),
+            'group': batch['group'],
         }
 
         def look(part: Batch) -> Batch:
             policy, entropy = log_probs(config, compute, current, part)
             anchor, _ = log_probs(config, compute, reference, part)
-            return {'logprob': policy, 'entropy': entropy, 'anchor': anchor, 'old': value(part['inputs'], None, compute)}
+            seen = {'logprob': policy, 'entropy': entropy, 'anchor': anchor}
+            return seen | {'old': learners.value.params(part['inputs'], None, compute)} if config.has_value else seen
 
         parts = microbatches(parts, config.updates)
         seen = {name: reshard(x, 'NBM') for name, x in jax.lax.map(look, parts).items()}
         mask, engine = reshard(parts['mask'], 'NBM'), reshard(parts['engine'], 'NBM')
         kl = returns.k1(seen['logprob'], seen['anchor'])
         reward = jax.vmap(returns.token_rewards, (0, 0, 0, None))(parts['score'], kl, mask, beta)
-        estimate = jax.vmap(partial(returns.advantages, gamma=config.gamma, lam=config.lam))
-        advantage, target = estimate(reward, seen['old'], mask)
-        parts |= {
-            'logprob': seen['logprob'],
-            'advantage': returns.whiten(advantage, mask),
-            'old': seen['old'],
-            'return': target,
-        }
-        learned = {name: reshard(x, 'NBL') for name, x in parts.items() if name not in ('score', 'engine')}
+        learned = {name: parts[name] for name in ('inputs', 'targets', 'mask')} | {'logprob': seen['logprob']}
+        figures = look_at(seen, kl, mask, engine)
+        if config.has_value:
+            estimate = jax.vmap(partial(returns.advantages, gamma=config.gamma, lam=config.lam))
+            advantage, target = estimate(reward, seen['old'], mask)
+            learned |= {'advantage': returns.whiten(advantage, mask), 'old': seen['old'], 'return': target}
+            figures |= look_at_values(seen['old'], target, mask)
+        else:
+            earned, group = (replicate(x).reshape(-1) for x in (reward.sum(axis=-1), parts['group']))
+            apart = returns.group_advantages(earned, group, config.samples, scaled=config.advantages == 'grpo')
+            learned['advantage'] = mask * reshard(apart.reshape(parts['group'].shape), 'NB')[..., None]
+        learned = {name: reshard(x, 'NBL') for name, x in learned.items()}
         minibatches = tuple({name: x[i] for name, x in learned.items()} for i in range(config.updates))
-        return minibatches, look_at(seen, kl, mask, engine, target)
+        return minibatches, figures
 
     return prepare
 
 
-def look_at(seen: Mapping[str, jax.Array], kl: jax.Array, mask: jax.Array, engine: jax.Array, target: jax.Array) -> dict:
+def look_at(seen: Mapping[str, jax.Array], kl: jax.Array, mask: jax.Array, engine: jax.Array) -> dict[str, jax.Array]:
     """What there is to say of a batch before it is learned from; KL is in nats an answer."""
     mean = partial(returns.masked_mean, mask=mask)
     answers = (kl * mask).sum(axis=-1)
@@ -211,10 +229,14 @@ def look_at(seen: Mapping[str, jax.Array], kl: jax.Array, mask: jax.Array, engin
         'kl_error': answers.std() / answers.size**0.5,
         'k3': (returns.k3(seen['logprob'], seen['anchor']) * mask).sum(axis=-1).mean(),
         'entropy': mean(seen['entropy']),
-        'value': mean(seen['old']),
-        'explained_variance': 1 - _variance(target - seen['old'], mask) / jnp.maximum(_variance(target, mask), 1e-8),
         'engine_gap': jnp.max(mask * jnp.abs(seen['logprob'] - engine)),
     }
+
+
+def look_at_values(value: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """How well the value model foretells what comes."""
+    unexplained = _variance(target - value, mask) / jnp.maximum(_variance(target, mask), 1e-8)
+    return {'value': returns.masked_mean(value, mask), 'explained_variance': 1 - unexplained}
 
 
 def _variance(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -244,10 +266,12 @@ def make_update(
             loss, clipped = returns.value_loss(value, batch['old'], batch['return'], config.value_clip)
             return mean(loss), {'clipped': mean(clipped)}
 
-        policy, of_policy = learn(policy_loss, learners.policy, policy_optimizer)
-        value, of_value = learn(value_loss, learners.value, value_optimizer)
-        named = {f'policy/{name}': x for name, x in of_policy.items()} | {f'value/{name}': x for name, x in of_value.items()}
-        return Learners(policy, value), named
+        policy, moved = learn(policy_loss, learners.policy, policy_optimizer)
+        figures = {f'policy/{name}': x for name, x in moved.items()}
+        if not config.has_value:
+            return Learners(policy, None), figures
+        value, moved = learn(value_loss, learners.value, value_optimizer)
+        return Learners(policy, value), figures | {f'value/{name}': x for name, x in moved.items()}
 
     return update
 

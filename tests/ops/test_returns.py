@@ -59,6 +59,15 @@ def test_advantages_by_hand():
     assert advantage.tolist() == [[2, 4, 8]]
 
 
+def test_group_advantages_by_hand():
+    """2, 4 and 9 to one prompt, 1, 1, 1 to another: the means of the other two are 6.5, 5.5, 3; the deviation is sqrt(26/3)."""
+    reward, group = jnp.array([2.0, 1.0, 4.0, 1.0, 1.0, 9.0]), jnp.array([0, 1, 0, 1, 1, 0])
+    apart = returns.group_advantages(reward, group, 3, scaled=False)
+    np.testing.assert_allclose(apart, [-4.5, 0, -1.5, 0, 0, 6], atol=1e-6)
+    scaled = returns.group_advantages(reward, group, 3, scaled=True)
+    np.testing.assert_allclose(scaled, np.array([-3, 0, -1, 0, 0, 4]) / (26 / 3) ** 0.5, atol=1e-6)
+
+
 def test_clipped_losses_by_hand():
     ratios, advantage = np.array([1.0, 1.5, 0.5, 1.5, 0.5]), jnp.array([2.0, 2, 2, -2, -2])
     loss, ratio, clipped = returns.policy_loss(jnp.log(jnp.array(ratios)), jnp.zeros(5), advantage, 0.2)

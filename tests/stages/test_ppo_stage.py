@@ -144,7 +144,7 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
     monkeypatch.setattr(ppo, 'write_rollouts', write)
     drawn = []
     draw = ppo.draw
-    monkeypatch.setattr(ppo, 'draw', lambda stage, prompts, seed, clock: drawn.append(seed) or draw(stage, prompts, seed, clock))
+    monkeypatch.setattr(ppo, 'draw', lambda *given: drawn.append(given[3]) or draw(*given))
     again = ppo.run(some, tmp_path / 'run')
     assert drawn == ['0 heldout', '0 3', '0 heldout']  # the second answers were there
     shutil.rmtree(tmp_path / 'run/checkpoints/3')
@@ -212,11 +212,44 @@ def test_adapters_as_the_policy(home, tmp_path, monkeypatch):
     assert learners.policy.params.b_q_AHK[...].shape == (1, 2, 4, 8)
 
 
+@pytest.mark.parametrize('advantages', ['rloo', 'grpo'])
+def test_answers_beside_each_other_need_no_value_model(home, tmp_path, monkeypatch, advantages):
+    """RLOO on one device, GRPO on eight."""
+    mesh = MeshConfig()
+    if advantages == 'grpo':
+        monkeypatch.setattr(jax, 'devices', DEVICES)
+        mesh = MeshConfig(fsdp=4, tensor=2)
+    some = config(home, advantages=advantages, samples=4, beta=0.5, iterations=1, checkpoint_every=1, mesh=mesh)
+    ppo.run(some, tmp_path / 'run')
+    [_, first] = read_metrics(tmp_path / 'run/metrics.jsonl')
+    assert first['first_ratio_error'] <= 1e-5 and 'explained_variance' not in first
+    learners = ppo.run(dataclasses.replace(some, iterations=2), tmp_path / 'run')  # from a checkpoint
+    assert learners.value is None and read_metrics(tmp_path / 'run/metrics.jsonl')[2]['k3'] > 0
+
+    rollouts = read_rollouts(tmp_path / 'run/rollouts/000001.jsonl')
+    asked = [json.dumps(rollout.prompt.messages) for rollout in rollouts]
+    assert len(set(asked)) == 4 and asked == [prompt for prompt in asked[::4] for _ in range(4)]
+    minibatches, _ = prepared(home / advantages, some, rollouts)
+    score = np.array([rollout.score for rollout in rollouts])
+    groups = ((score - score.mean()) / score.std()).reshape(4, 4)  # no KL before the first step
+    if advantages == 'grpo':
+        expected = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    else:
+        expected = groups - (groups.sum(1, keepdims=True) - groups) / 3
+    of = {tuple(rollout.token_ids): value for rollout, value in zip(rollouts, expected.ravel(), strict=True)}
+    assert len(of) == 16
+    for minibatch in minibatches:
+        for targets, mask, advantage in zip(*(minibatch[name] for name in ('targets', 'mask', 'advantage')), strict=True):
+            np.testing.assert_allclose(advantage, mask * of[tuple(targets[mask > 0].tolist())], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
         ({'init_from': ''}, 'init_from= names no model: give a model directory'),
         ({'batch_size': 30}, 'batch_size=30 is not a multiple of minibatch_size=8'),
+        ({'samples': 3}, 'batch_size=16 is not a multiple of samples=3'),
+        ({'advantages': 'grpo'}, 'advantages=grpo compares answers to a prompt: samples must be at least 2'),
         ({'max_new_tokens': 40}, r'prompts.longest=40 and max_new_tokens=40 are more than the context of init_from, 64'),
         ({'init_from': 'help'}, 'help is a reward model: it gives scores, not next tokens'),
         (
