@@ -3,7 +3,7 @@
 python benchmarks/rlhf_seeds.py --init_from=sft/model --helpfulness=rm-help/model --safety=rm-safe/model --workdir=seeds
 
 Every seed is `experiments/rlhf.py` with one version, about ten minutes; run again, it goes on where it stopped.
-Prints each seed's helpfulness and harmlessness by the oracle, per cent, and in how many seeds a step raised them.
+Prints each seed's figures by the oracle, per cent, and what each step changes, prompt by prompt, with 95 % intervals.
 """
 
 import json
@@ -11,7 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
+
+from llama2_jax.data.toy.oracle import Oracle
+from llama2_jax.evals.toy import verdict
+from llama2_jax.stages.rlhf import rate
+from llama2_jax.stages.rollout import read_rollouts
 
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'The toy chat model to begin with.', required=True)
 _HELPFULNESS = flags.DEFINE_string('helpfulness', None, 'The helpfulness reward model.', required=True)
@@ -19,34 +25,53 @@ _SAFETY = flags.DEFINE_string('safety', None, 'The safety reward model.', requir
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the runs.', required=True)
 _SEEDS = flags.DEFINE_multi_integer('seeds', [0, 1, 2, 3, 4], 'Of the runs.')
 
-STAGES = {'SFT': 'SFT', 'rejection sampling': 'RLHF-v1 (no PPO)', 'PPO': 'RLHF-v1 (with PPO)'}
+STAGES = ('SFT', 'rejection sampling', 'PPO')
 MEASURES = ('helpfulness', 'harmlessness', 'violations', 'false refusals')
 
 
-def versions(seed: int) -> dict[str, dict[str, list[float]]]:
-    """Of one seed: stage -> measure -> mean and half its 95 % interval."""
+def run(seed: int) -> Path:
+    """Runs a seed, or goes on with it, and returns its workdir."""
     home = Path(_WORKDIR.value).absolute() / str(seed)
     models = {'init_from': _INIT_FROM, 'rewards.helpfulness': _HELPFULNESS, 'rewards.safety': _SAFETY}
     given = [f'--set={name}={Path(flag.value).absolute()}' for name, flag in models.items()]
     script = Path(__file__).parents[1] / 'experiments/rlhf.py'
     command = [sys.executable, str(script), *given, '--set=versions=1', f'--set=seed={seed}', f'--workdir={home}']
     subprocess.run(command, check=True)
-    return json.loads((home / 'versions.json').read_text(encoding='utf-8'))
+    return home
+
+
+def qualities(home: Path) -> dict[str, list[np.ndarray]]:
+    """Of each measure, plain prompts for helpfulness and unsafe ones for harmlessness, every stage's answers by the oracle."""
+    oracle, found = Oracle(), {'helpfulness': [], 'harmlessness': []}
+    for number in range(len(STAGES)):
+        rollouts = read_rollouts(home / 'evaluation' / f'{number}.jsonl')
+        for measure, is_safety in (('helpfulness', False), ('harmlessness', True)):
+            asked = [rollout for rollout in rollouts if rollout.prompt.is_safety == is_safety]
+            judged = (verdict(oracle, one.prompt.messages, is_safety, one.text.strip(), one.ended) for one in asked)
+            found[measure].append(np.array([one.quality for one in judged]))
+    return found
 
 
 def main(_: list[str]) -> None:
-    """Runs all, then prints the table."""
-    runs = {seed: versions(seed) for seed in _SEEDS.value}
+    """Runs all, then prints the tables."""
+    homes = {seed: run(seed) for seed in _SEEDS.value}
     print(f'\n| seed | stage | {" | ".join(MEASURES)} |\n|{"---|" * (len(MEASURES) + 2)}')
-    for seed, found in runs.items():
-        for stage, name in STAGES.items():
-            row = [f'{100 * mean:.1f} ± {100 * error:.1f}' for mean, error in (found[name][measure] for measure in MEASURES)]
-            print(f'| {seed} | {stage} | {" | ".join(row)} |')
-    for before, after in (('SFT', 'rejection sampling'), ('rejection sampling', 'PPO')):
-        for measure in MEASURES[:2]:
-            gains = [100 * (found[STAGES[after]][measure][0] - found[STAGES[before]][measure][0]) for found in runs.values()]
-            raised = sum(gain > 0 for gain in gains)
-            print(f'{after}: {measure} {sum(gains) / len(gains):+.1f} on average, raised in {raised} of {len(gains)} seeds')
+    for seed, home in homes.items():
+        versions = json.loads((home / 'versions.json').read_text(encoding='utf-8'))
+        for stage, figures in zip(STAGES, versions.values(), strict=True):
+            print(f'| {seed} | {stage} | {" | ".join(per_cent(*figures[measure]) for measure in MEASURES)} |')
+    judged = {seed: qualities(home) for seed, home in homes.items()}
+    for number, stage in enumerate(STAGES[1:], 1):
+        for measure in ('helpfulness', 'harmlessness'):
+            gains = [rate(found[measure][number] - found[measure][number - 1]) for found in judged.values()]
+            raised = sum(mean > 0 for mean, _ in gains)
+            each = ', '.join(f'{mean:+.1%} ± {error:.1%}' for mean, error in gains)
+            print(f'{stage}: {measure} raised in {raised} of {len(gains)} seeds, prompt by prompt by {each}')
+
+
+def per_cent(mean: float, error: float) -> str:
+    """A mean with its interval."""
+    return f'{100 * mean:.1f} ± {100 * error:.1f}'
 
 
 if __name__ == '__main__':
