@@ -226,7 +226,7 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.add_subplot(xlabel='KL from the reference (nats an answer)', ylabel='score')
     trained = [line for line in lines if 'kl' in line]
     axes.plot([line['kl'] for line in trained], [line['score'] for line in trained], '.', markersize=3, label='score of a batch')
-    seen = [line for line in trained if 'heldout/score' in line]
+    seen = [{'kl': 0.0} | line for line in lines if 'heldout/score' in line]  # before the first iteration there is none
     axes.plot([line['kl'] for line in seen], [line['heldout/score'] for line in seen], 'o-', label='held-out score')
     handles = axes.get_legend_handles_labels()[0]
     if any('heldout/judge' in line for line in seen):

@@ -209,6 +209,7 @@ def plot(rows: Mapping[str, Rates], path: Path) -> None:
         )
         x, y = ([row[f'{axis} wins, {judge}'][0] for row in rows.values()] for axis in ('helpfulness', 'harmlessness'))
         axes.plot(x, y, 'o-')
+        axes.margins(x=0.4)  # room for the names
         for name, *place in zip(rows, x, y, strict=True):
             axes.annotate(name, place, textcoords='offset points', xytext=(4, 4), fontsize=8)
         axes.axhline(0.5, color='grey', linewidth=0.5)
