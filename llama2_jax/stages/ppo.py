@@ -239,5 +239,5 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             color='tab:red',
             label='held-out, by the judge',
         )
-    axes.legend(handles=handles)
+    axes.legend(handles=handles, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(handles))  # clear of both scales
     save_figure(figure, path)
