@@ -115,7 +115,7 @@ def test_hosts_restarts_and_seeds(make):
             for name in one.keys() - {'record_ids'}:
                 assert np.array_equal(one[name], np.concatenate([part[name] for part in rest])), name
     assert equal(list(make(shards=4).train(7)), whole[7:])
-    assert not np.array_equal(next(make(seed=1, shards=4).train())['tokens'][0], whole[0]['tokens'][0])
+    assert not equal(list(make(seed=1, shards=4).train()), whole)
     assert make(shards=8).rows % 8 == 0
 
 
