@@ -13,10 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.data.pretrain import DataConfig
+from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Compute
 from llama2_jax.runtime import CHIPS, compiler_options
-from llama2_jax.stages import generate, pretrain
+from llama2_jax.stages import generate, ppo_plan, pretrain
+from llama2_jax.stages.ppo_update import PPOConfig
+from llama2_jax.stages.rollout import RewardsConfig
 from llama2_jax.train import aot
 from llama2_jax.train.schedule import read_program
 
@@ -179,6 +182,35 @@ def test_options_by_chip():
         compiler_options(aot.topology_devices('v5p:2x2x1')[0])['xla_tpu_enable_sparse_core_collective_offload_all_gather']
         == 'true'
     )
+
+
+def test_a_plan_of_ppo_here():
+    """What is held, from the count of parameters; without a value model there is none of it."""
+    small = PPOConfig(init_from='tiny', prompts=PromptConfig(longest=64), max_new_tokens=64, batch_size=16, minibatch_size=8)
+    plan = ppo_plan.dry_run(dataclasses.replace(small, decode_batch=8, rewards=RewardsConfig(batch_size=8)), None)
+    shares = {name: bytes_ / (4 * MODELS['tiny'].parameters / 8) for name, bytes_ in plan.held.items()}
+    assert shares['policy and optimizer'] == pytest.approx(3, rel=0.02)
+    assert shares['reference'] == pytest.approx(1, rel=0.02)
+    assert shares['value and optimizer'] == pytest.approx(3, rel=0.15)  # no head, but a score
+    assert [(phase.name, phase.times) for phase in plan.phases] == [
+        ('generate', 128),
+        ('score', 4),
+        ('prepare', 1),
+        ('update', 2),
+    ]
+    assert 'predicted' not in str(plan) and '8 × cpu' in str(plan)
+    alone = ppo_plan.dry_run(dataclasses.replace(small, decode_batch=8, samples=2, advantages='rloo'), None)
+    assert alone.held['value and optimizer'] == 0 and alone.phases[3].report.program.flops < plan.phases[3].report.program.flops
+
+
+@pytest.mark.slow
+def test_ppo_of_the_largest_model_fits():
+    """Everything resident together, with the paper's batch, in less time than the paper's 330 s an iteration (p16)."""
+    some = PPOConfig(init_from='70b', compute=Compute(remat='full'), mesh=MeshConfig(fsdp=64, tensor=-1), decode_batch=512)
+    plan = ppo_plan.dry_run(some, 'v5p:8x8x8')
+    learners = 12 * MODELS['70b'].parameters / 512
+    assert plan.held['policy and optimizer'] == pytest.approx(learners, rel=0.01) and plan.peak < 20e9
+    assert 10 < sum(phase.times * phase.report.program.seconds for phase in plan.phases) < 60
 
 
 @pytest.mark.slow
