@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
     print(f'{_STEPS.value} steps undisturbed, on one device and in {count} processes', flush=True)
     for moment in sorted(dice.uniform(1, _STEPS.value - 6) for _ in range(_KILLS.value)):
         victim, start = dice.randrange(count), time.monotonic()
-        processes = program.launch_several(home / 'run', count, 1, **options)
+        # One that is killed before it has joined is waited for so long.
+        processes = program.launch_several(home / 'run', count, 1, environment={'LLAMA2_JAX_TIMEOUT': '60'}, **options)
         program.kill_one(processes, victim, home / 'run', int(moment), dice.uniform(0, 0.2))
         done = len(program.trace(home / 'run'))
         print(f'process {victim} killed after step {done}; {time.monotonic() - start:.0f} s', flush=True)
