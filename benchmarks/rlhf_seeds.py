@@ -15,9 +15,8 @@ import numpy as np
 from absl import app, flags
 
 from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.evals.toy import verdict
-from llama2_jax.stages.rlhf import rate
-from llama2_jax.stages.rollout import read_rollouts
+from llama2_jax.stages.rlhf import rate, table
+from llama2_jax.stages.rollout import by_oracle, read_rollouts
 
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'The toy chat model to begin with.', required=True)
 _HELPFULNESS = flags.DEFINE_string('helpfulness', None, 'The helpfulness reward model.', required=True)
@@ -47,19 +46,19 @@ def qualities(home: Path) -> dict[str, list[np.ndarray]]:
         rollouts = read_rollouts(home / 'evaluation' / f'{number}.jsonl')
         for measure, is_safety in (('helpfulness', False), ('harmlessness', True)):
             asked = [rollout for rollout in rollouts if rollout.prompt.is_safety == is_safety]
-            judged = (verdict(oracle, one.prompt.messages, is_safety, one.text.strip(), one.ended) for one in asked)
-            found[measure].append(np.array([one.quality for one in judged]))
+            found[measure].append(np.array([by_oracle(oracle, rollout).quality for rollout in asked]))
     return found
 
 
 def main(_: list[str]) -> None:
     """Runs all, then prints the tables."""
     homes = {seed: run(seed) for seed in _SEEDS.value}
-    print(f'\n| seed | stage | {" | ".join(MEASURES)} |\n|{"---|" * (len(MEASURES) + 2)}')
+    rows = {}
     for seed, home in homes.items():
         versions = json.loads((home / 'versions.json').read_text(encoding='utf-8'))
         for stage, figures in zip(STAGES, versions.values(), strict=True):
-            print(f'| {seed} | {stage} | {" | ".join(per_cent(*figures[measure]) for measure in MEASURES)} |')
+            rows[f'seed {seed}, {stage}'] = {measure: figures[measure] for measure in MEASURES}
+    print(table(rows))
     judged = {seed: qualities(home) for seed, home in homes.items()}
     for number, stage in enumerate(STAGES[1:], 1):
         for measure in ('helpfulness', 'harmlessness'):
@@ -67,11 +66,6 @@ def main(_: list[str]) -> None:
             raised = sum(mean > 0 for mean, _ in gains)
             each = ', '.join(f'{mean:+.1%} ± {error:.1%}' for mean, error in gains)
             print(f'{stage}: {measure} raised in {raised} of {len(gains)} seeds, prompt by prompt by {each}')
-
-
-def per_cent(mean: float, error: float) -> str:
-    """A mean with its interval."""
-    return f'{100 * mean:.1f} ± {100 * error:.1f}'
 
 
 if __name__ == '__main__':

@@ -94,23 +94,21 @@ def advantages(
     return advantage_BL, mask_BL * (advantage_BL + value_BL)
 
 
-def group_advantages(reward_B: jax.Array, group_B: jax.Array, samples: int, scaled: bool) -> jax.Array:
+def group_advantages(reward: jax.Array, scaled: bool) -> jax.Array:
     """How much better an answer is than others to its prompt, which takes no value model.
 
     Args:
-      reward_B: what each whole answer earns.
-      group_B: the number of its prompt; each has `samples` answers.
+      reward: [prompts, samples], what each whole answer earns.
       scaled: divides the distance from the mean by the group's standard deviation, as GRPO does (Shao et al., 2024). Otherwise it
         is the distance from the mean of the others: RLOO (Kool et al., 2019).
 
-    >>> group_advantages(jnp.array([1.0, 5.0, 3.0, 9.0]), jnp.array([0, 1, 0, 1]), 2, scaled=False).tolist()
-    [-2.0, -4.0, 2.0, 4.0]
+    >>> group_advantages(jnp.array([[1.0, 3.0], [5.0, 9.0]]), scaled=False).tolist()
+    [[-2.0, 2.0], [-4.0, 4.0]]
     """
-    share_BB = (group_B[:, None] == group_B[None]) / samples
-    apart_B = reward_B - share_BB @ reward_B
+    apart = reward - reward.mean(axis=-1, keepdims=True)
     if scaled:
-        return apart_B * jax.lax.rsqrt(share_BB @ apart_B**2 + EPSILON)
-    return apart_B * samples / (samples - 1)
+        return apart * jax.lax.rsqrt((apart**2).mean(axis=-1, keepdims=True) + EPSILON)
+    return apart * reward.shape[-1] / (reward.shape[-1] - 1)
 
 
 def _following(x_BL: jax.Array) -> jax.Array:

@@ -135,14 +135,12 @@ def draw(stage: Stage, prompts: Sequence[Any], samples: int, seed: str, clock: '
 
 
 def arrange(rollouts: Sequence[Rollout], config: PPOConfig) -> dict[str, np.ndarray]:
-    """This process's rows: tokens int32, answer bool and logprobs float32 [b, L+1], the engine's; score float32 and group int32
-    [b], the number of the prompt in the batch.
+    """This process's rows: tokens int32, answer bool and logprobs float32 [b, L+1], the engine's; score float32 [b].
 
     Prompts begin at 0 and answers follow at once; what pads a row on the right is known by its length.
     """
     rows = len(rollouts) // jax.process_count()
-    first = jax.process_index() * rows
-    mine = rollouts[first : first + rows]
+    mine = rollouts[jax.process_index() * rows : (jax.process_index() + 1) * rows]
     shape = (rows, config.length + 1)
     tokens, answer, logprobs = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
     for row, rollout in enumerate(mine):
@@ -150,8 +148,7 @@ def arrange(rollouts: Sequence[Rollout], config: PPOConfig) -> dict[str, np.ndar
         tokens[row, :start], tokens[row, start:end] = rollout.prompt.token_ids, rollout.token_ids
         answer[row, start:end], logprobs[row, start:end] = True, rollout.logprobs
     score = np.array([rollout.score for rollout in mine], np.float32)
-    group = np.arange(first, first + rows, dtype=np.int32) // config.samples
-    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score, 'group': group}
+    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score}
 
 
 def evaluate(

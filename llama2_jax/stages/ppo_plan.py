@@ -127,7 +127,6 @@ def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, mesh:
     batch = abstract_batch(mesh, config.batch_size, config.length, **names)
     row = NamedSharding(mesh, P(BATCH_AXES))
     batch['score'] = jax.ShapeDtypeStruct((config.batch_size,), jnp.float32, sharding=row)
-    batch['group'] = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=row)
     answers = -(-config.rewards.batch_size // row.num_devices) * row.num_devices
     tokens = jax.ShapeDtypeStruct((answers, config.length), jnp.int32, sharding=row)
     last = jax.ShapeDtypeStruct((answers,), jnp.int32, sharding=row)

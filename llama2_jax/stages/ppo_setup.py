@@ -12,7 +12,6 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, tokenizer_of
 from llama2_jax.data.prompts import PromptData
 from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.evals.toy import verdict
 from llama2_jax.mesh import parameter_name, set_mesh
 from llama2_jax.model.engine import Engine
 from llama2_jax.model.llama import Llama
@@ -22,7 +21,7 @@ from llama2_jax.runtime import say
 from llama2_jax.stages.devices import check_mesh, describe_mesh
 from llama2_jax.stages.generate import open_scorer
 from llama2_jax.stages.ppo_update import Learners, PPOConfig, Programs, build
-from llama2_jax.stages.rollout import Rewards, Rollout, open_rewards
+from llama2_jax.stages.rollout import Rewards, Rollout, by_oracle, open_rewards
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.workdir import open_run
 
@@ -121,12 +120,7 @@ def make_judge(config: PPOConfig, tokenizer: Tokenizer) -> Judge | None:
         return None
     if config.judge == 'oracle':
         oracle = Oracle()
-
-        def quality(rollout: Rollout) -> float:
-            prompt = rollout.prompt
-            return verdict(oracle, prompt.messages, prompt.is_safety, rollout.text.strip(), rollout.ended).quality
-
-        return lambda rollouts: [quality(rollout) for rollout in rollouts]
+        return lambda rollouts: [by_oracle(oracle, rollout).quality for rollout in rollouts]
     scorer = open_scorer(config.judge, config.rewards.batch_size)
     if scorer.tokenizer.model != tokenizer.model:
         raise UserError(f'judge={config.judge} has another tokenizer than the policy.')

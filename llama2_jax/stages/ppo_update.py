@@ -188,7 +188,6 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
             'mask': reshard(batch['answer'][:, 1:].astype(jnp.float32), 'BL'),
             'engine': reshard(batch['logprobs'][:, 1:], 'BL'),
             'score': returns.whiten(batch['score']),
-            'group': batch['group'],
         }
 
         def look(part: Batch) -> Batch:
@@ -210,9 +209,10 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
             learned |= {'advantage': returns.whiten(advantage, mask), 'old': seen['old'], 'return': target}
             figures |= look_at_values(seen['old'], target, mask)
         else:
-            earned, group = (replicate(x).reshape(-1) for x in (reward.sum(axis=-1), parts['group']))
-            apart = returns.group_advantages(earned, group, config.samples, scaled=config.advantages == 'grpo')
-            learned['advantage'] = mask * reshard(apart.reshape(parts['group'].shape), 'NB')[..., None]
+            # [rows of a microbatch, microbatches] is the order of the batch, where a prompt's answers lie together.
+            earned = replicate(reward.sum(axis=-1)).swapaxes(0, 1)
+            apart = returns.group_advantages(earned.reshape(-1, config.samples), scaled=config.advantages == 'grpo')
+            learned['advantage'] = mask * reshard(apart.reshape(earned.shape).swapaxes(0, 1), 'NB')[..., None]
         learned = {name: reshard(x, 'NBL') for name, x in learned.items()}
         minibatches = tuple({name: x[i] for name, x in learned.items()} for i in range(config.updates))
         return minibatches, figures

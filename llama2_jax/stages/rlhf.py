@@ -19,7 +19,6 @@ from llama2_jax.config import UserError
 from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.evals.toy import Verdict, verdict
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import collect, ppo, rejection, reward
 from llama2_jax.stages.collect import CollectConfig
@@ -27,7 +26,15 @@ from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.ppo_update import PPOConfig
 from llama2_jax.stages.rejection import RejectionConfig
 from llama2_jax.stages.reward import RewardConfig
-from llama2_jax.stages.rollout import RewardsConfig, Rollout, open_rewards, read_rollouts, sample_answers, write_rollouts
+from llama2_jax.stages.rollout import (
+    RewardsConfig,
+    Rollout,
+    by_oracle,
+    open_rewards,
+    read_rollouts,
+    sample_answers,
+    write_rollouts,
+)
 from llama2_jax.train.metrics import save_figure
 from llama2_jax.train.workdir import open_run, write_atomically
 
@@ -150,7 +157,7 @@ def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle |
     scores = np.array([[_own(rollout) for rollout in side] for side in (ours, theirs)])
     found = _wins('reward model', scores, tags)
     if oracle:
-        verdicts = [[_verdict(oracle, rollout) for rollout in side] for side in (ours, theirs)]
+        verdicts = [[by_oracle(oracle, rollout) for rollout in side] for side in (ours, theirs)]
         quality = np.array([[one.quality for one in side] for side in verdicts])
         found |= _wins('oracle', quality, tags)
         found |= {'helpfulness': rate(quality[0][~tags]), 'harmlessness': rate(quality[0][tags])}
@@ -161,10 +168,6 @@ def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle |
 
 def _own(rollout: Rollout) -> float:
     return rollout.safety if rollout.prompt.is_safety else rollout.helpfulness
-
-
-def _verdict(oracle: Oracle, rollout: Rollout) -> Verdict:
-    return verdict(oracle, rollout.prompt.messages, rollout.prompt.is_safety, rollout.text.strip(), rollout.ended)
 
 
 def _wins(judge: str, scores: np.ndarray, tags: np.ndarray) -> Rates:

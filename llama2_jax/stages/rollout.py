@@ -16,6 +16,8 @@ import numpy as np
 
 from llama2_jax.config import UserError
 from llama2_jax.data.prompts import Prompt
+from llama2_jax.data.toy.oracle import Oracle
+from llama2_jax.evals.toy import Verdict, verdict
 from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.ops.returns import gate
 from llama2_jax.runtime import barrier, is_main_process
@@ -179,6 +181,12 @@ def read_rollouts(path: Path) -> list[Rollout]:
 def from_json(fields: Mapping[str, Any]) -> Rollout:
     """A rollout of the fields that `dataclasses.asdict` gives."""
     return Rollout(**{**fields, 'prompt': Prompt(**fields['prompt'])})
+
+
+def by_oracle(oracle: Oracle, rollout: Rollout) -> Verdict:
+    """What the toy world's oracle says of an answer to one of its prompts."""
+    prompt = rollout.prompt
+    return verdict(oracle, prompt.messages, prompt.is_safety, rollout.text.strip(), rollout.ended)
 
 
 def figures(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -61,11 +61,10 @@ def test_advantages_by_hand():
 
 def test_group_advantages_by_hand():
     """2, 4 and 9 to one prompt, 1, 1, 1 to another: the means of the other two are 6.5, 5.5, 3; the deviation is sqrt(26/3)."""
-    reward, group = jnp.array([2.0, 1.0, 4.0, 1.0, 1.0, 9.0]), jnp.array([0, 1, 0, 1, 1, 0])
-    apart = returns.group_advantages(reward, group, 3, scaled=False)
-    np.testing.assert_allclose(apart, [-4.5, 0, -1.5, 0, 0, 6], atol=1e-6)
-    scaled = returns.group_advantages(reward, group, 3, scaled=True)
-    np.testing.assert_allclose(scaled, np.array([-3, 0, -1, 0, 0, 4]) / (26 / 3) ** 0.5, atol=1e-6)
+    reward = jnp.array([[2.0, 4.0, 9.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(returns.group_advantages(reward, scaled=False), [[-4.5, -1.5, 6], [0, 0, 0]], atol=1e-6)
+    scaled = np.array([[-3, -1, 4], [0, 0, 0]]) / (26 / 3) ** 0.5
+    np.testing.assert_allclose(returns.group_advantages(reward, scaled=True), scaled, atol=1e-6)
 
 
 def test_clipped_losses_by_hand():
