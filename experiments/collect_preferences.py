@@ -4,10 +4,10 @@ python experiments/collect_preferences.py --workdir=preferences
 """
 
 import dataclasses
-from pathlib import Path
 
 import sft as chat
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.stages import collect
 from llama2_jax.stages.collect import CollectConfig

@@ -4,12 +4,13 @@ python experiments/context_distillation.py --workdir=distilled
 """
 
 import dataclasses
-from pathlib import Path
 
 import reward_model
 import sft as chat
 from common import stage
+from etils.epath import Path
 
+from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.runtime import say
 from llama2_jax.stages import distill
@@ -56,7 +57,7 @@ def run(config: DistillConfig, workdir: str) -> None:
     safety = config.safety
     if not safety:
         safety = str(home / 'rm-safety' / 'model')
-        if not Path(safety).exists():
+        if not is_saved(safety):
             say(f'No safety= is given: a reward model of the toy world is trained in {home / "rm-safety"} first.')
             reward_model.run(dataclasses.replace(reward_model.tiny_safety(), init_from=model), str(home / 'rm-safety'))
     distill.run(dataclasses.replace(config, model=model, safety=safety), workdir)

@@ -4,10 +4,10 @@ python experiments/ghost_attention.py --workdir=gatt
 """
 
 import dataclasses
-from pathlib import Path
 
 import sft as chat
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.stages import ghost

@@ -4,10 +4,10 @@ python experiments/ppo.py --workdir=ppo
 """
 
 import dataclasses
-from pathlib import Path
 
 import rejection_sampling
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig

@@ -4,12 +4,13 @@ python experiments/rejection_sampling.py --workdir=rs
 """
 
 import dataclasses
-from pathlib import Path
 
 import reward_model
 import sft as chat
 from common import stage
+from etils.epath import Path
 
+from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.runtime import say
@@ -96,7 +97,7 @@ def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home:
     for name, config in (('helpfulness', reward_model.tiny()), ('safety', reward_model.tiny_safety())):
         if not getattr(rewards, name):
             model = home / f'rm-{name}'
-            if not (model / 'model').exists():
+            if not is_saved(model / 'model'):
                 say(f'No rewards.{name} is given: one of the toy world is trained in {model} first.')
                 reward_model.run(dataclasses.replace(config, init_from=policy), str(model))
             rewards = dataclasses.replace(rewards, **{name: str(model / 'model')})

@@ -4,10 +4,10 @@ python experiments/reward_model.py --workdir=rm-help
 """
 
 import dataclasses
-from pathlib import Path
 
 import sft as chat
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.data.preferences import PreferenceConfig
 from llama2_jax.model.llama import Compute

@@ -4,13 +4,13 @@ python experiments/rlhf.py --workdir=rlhf
 """
 
 import dataclasses
-from pathlib import Path
 
 import collect_preferences
 import ppo
 import rejection_sampling
 import reward_model
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.stages import rlhf
 from llama2_jax.stages.rlhf import RlhfConfig

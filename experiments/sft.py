@@ -4,11 +4,12 @@ python experiments/sft.py --workdir=sft
 """
 
 import dataclasses
-from pathlib import Path
 
 import pretrain as base
 from common import stage
+from etils.epath import Path
 
+from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.lora import LoraConfig
@@ -153,7 +154,7 @@ def run(config: SftConfig, workdir: str) -> None:
     if not config.init_from:
         home = Path(workdir) / 'base'
         config = dataclasses.replace(config, init_from=str(home / 'model'))
-        if not (home / 'model').exists():
+        if not is_saved(home / 'model'):
             say(f'No init_from is given: the toy base model is trained in {home} first.')
             pretrain.run(base.tiny(), str(home))
     sft.run(config, workdir)
@@ -167,7 +168,7 @@ def toy_model(home: Path, name: str, preset: SftConfig) -> str:
 
 def trained(place: Path, config: SftConfig) -> str:
     """The model of a workdir, which is trained there if it has none yet: for stages that are given no model."""
-    if not (place / 'model').exists():
+    if not is_saved(place / 'model'):
         say(f'No model is given: one is made in {place} first.')
         run(config, str(place))
     return str(place / 'model')

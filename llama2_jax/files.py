@@ -6,6 +6,7 @@ import fcntl
 import fnmatch
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from llama2_jax.config import UserError
 
 STAGING = 2**23  # bytes that are written at once
 PAST_THE_CACHE = getattr(os, 'O_DIRECT', 0)  # Linux has it
+BUCKET_SECONDS = 60.0  # a file in a bucket that grows is written anew so often at most
 # Of a bucket that is not there, not allowed or not reachable; each library has errors of its own.
 BUCKET_LIBRARIES = ('gcsfs', 'google', 'aiohttp', 'requests')
 
@@ -97,6 +99,65 @@ def write(path: epath.Path, content: bytes) -> None:
     """A whole file."""
     with create(path) as file:
         file.write(content)
+
+
+def write_atomically(path: epath.Path, content: str | bytes) -> None:
+    """Replaces the file at `path`: whoever looks, at any moment and after any crash, sees the old content or the new."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        with bucket_errors(path):
+            path.write_bytes(content)
+        return
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Lines:
+    """A text file that grows; a context manager. In a bucket, which appends to nothing, it is written anew now and then."""
+
+    def __init__(self, path: epath.Path):
+        self._path, self._written = path, time.monotonic()
+        if is_remote(path):
+            with bucket_errors(path):
+                self._text, self._file = path.read_text() if path.exists() else '', None
+        else:
+            self._file = path.open('a', encoding='utf-8')
+
+    def write(self, text: str) -> None:
+        """Appends whole lines."""
+        if self._file:
+            self._file.write(text)
+            self._file.flush()
+            return
+        self._text += text
+        if time.monotonic() - self._written > BUCKET_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Brings all lines to where they are kept."""
+        if self._file:
+            os.fsync(self._file.fileno())
+            return
+        with bucket_errors(self._path):
+            self._path.write_text(self._text)
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._file:
+            self._file.close()
+        else:
+            self.sync()
+
+    def __enter__(self) -> 'Lines':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Direct:

@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+import threading
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # or it would ask Google over gRPC what kind of bucket it is
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, and here for subprocesses too
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
@@ -16,6 +18,7 @@ from pathlib import Path  # noqa: E402 (the environment must be set before JAX i
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from bucket import Bucket  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -29,6 +32,24 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip(f'no optional test data at {SHARED}')
     return SHARED
+
+
+@pytest.fixture(scope='module')
+def objects():
+    """What the bucket gs://bucket holds, name -> bytes; it is served by a thread of this process."""
+    fsspec = pytest.importorskip('fsspec')
+    pytest.importorskip('gcsfs')
+    server = Bucket()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
+            patch.setenv(name, server.url)
+        patch.setenv('GCE_METADATA_ROOT', '127.0.0.1:1')  # nobody is asked who we are
+        patch.setitem(fsspec.config.conf, 'gcs', {'token': 'anon', 'use_listings_cache': False})
+        yield server.objects
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -24,7 +24,7 @@ on_all 'set -e
 cd ~/llama2_jax
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.11 .venv
-~/.local/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt -e ".[tpu]"'
+~/.local/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt -e ".[tpu,gcs]"'
 if [ -n "$bucket" ]; then
   on_all "set -e
 mountpoint -q /mnt/$bucket && exit

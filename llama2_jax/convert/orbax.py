@@ -55,6 +55,11 @@ def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer,
     barrier('model directory written')
 
 
+def is_saved(directory: str | os.PathLike) -> bool:
+    """Whether `save_model` has written a model there, to its end."""
+    return (locate(directory) / 'config.json').exists()
+
+
 def _write_rest(directory: Path, config: ModelConfig, tokenizer: bytes, provenance: Any) -> None:
     write(directory / 'tokenizer.model', tokenizer)
     write_json(directory / 'config.json', {'model': dataclasses.asdict(config), 'provenance': dict(provenance)})

@@ -1,13 +1,13 @@
 """Adapters as Hugging Face's `peft` reads them: adapter_config.json and adapter_model.safetensors."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from etils.epath import Path
+from safetensors.numpy import save
 
 from llama2_jax.convert.names import BLOCK
 from llama2_jax.convert.source import write_json
+from llama2_jax.files import locate, write
 from llama2_jax.mesh import replicate
 from llama2_jax.model.lora import Adapters, LoraConfig, names
 from llama2_jax.runtime import barrier, is_main_process
@@ -20,7 +20,7 @@ def write_peft(directory: str | Path, adapters: Adapters, lora: LoraConfig, base
       directory: made if it is not there.
       base: the model that they belong to, for people; `peft` is given the model itself.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     tensors, modules = {}, []
     for matrix in lora.matrices:
         w, *factors = names(matrix)
@@ -33,7 +33,7 @@ def write_peft(directory: str | Path, adapters: Adapters, lora: LoraConfig, base
             tensors[f'{name}.lora_B.weight'] = np.ascontiguousarray(b[layer].reshape(lora.rank, -1).T)
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / 'adapter_model.safetensors', {'format': 'pt'})
+        write(directory / 'adapter_model.safetensors', save(tensors, {'format': 'pt'}))
         settings = {
             'peft_type': 'LORA',
             'task_type': 'CAUSAL_LM',

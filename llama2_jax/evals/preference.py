@@ -6,10 +6,10 @@ Every share comes with Wilson's 95 % interval.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.data.comparisons import RATINGS, read_comparisons

@@ -11,9 +11,9 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
@@ -22,12 +22,13 @@ from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy import preferences
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.talk import usable
+from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
-from llama2_jax.train.workdir import open_run, write_atomically
+from llama2_jax.train.workdir import open_run
 
 BLOCK = 64  # prompts that are answered and written together
 

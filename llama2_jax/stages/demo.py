@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.data import toy
+from llama2_jax.files import write_atomically
 from llama2_jax.runtime import say
 from llama2_jax.train.metrics import read_metrics
-from llama2_jax.train.workdir import write_atomically
 
 VERSIONS = {'pretrain': 'base', 'sft': 'SFT', 'rs': 'rejection sampling', 'ppo': 'PPO'}
 MEASURES = ('helpfulness', 'harmlessness', 'violations', 'false_refusals', 'correct', 'stops')  # of the task `toy`

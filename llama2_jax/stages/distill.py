@@ -12,10 +12,10 @@ import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
@@ -23,6 +23,7 @@ from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals.talk import usable
+from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
@@ -32,7 +33,7 @@ from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_run, write_atomically
+from llama2_jax.train.workdir import open_run
 
 BLOCK = 64  # prompts that are sampled and written together
 

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
@@ -22,10 +21,10 @@ from llama2_jax.evals.measure import by_group, means
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
+from llama2_jax.files import Lines, locate, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
-from llama2_jax.train.workdir import write_atomically
 
 CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
 
@@ -122,7 +121,7 @@ def run_task(task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[
     if not examples:
         raise UserError(f'{task.name}: {", ".join(files.used)} holds no examples.')
     settings = {
-        'model': os.path.abspath(config.model), 'int8': config.int8, 'chat': asker.chat, 'shots': task.shots,
+        'model': str(locate(config.model)), 'int8': config.int8, 'chat': asker.chat, 'shots': task.shots,
         'decoding': task.decoding and dataclasses.asdict(task.decoding), 'seed': config.seed, 'files': list(files.used),
         'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
     }  # fmt: skip
@@ -182,8 +181,9 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
     todo = {index: example for index, example in enumerate(examples) if index not in found}
     tokens = 0
     bar = tqdm(total=len(examples), initial=len(found), desc=task.name, dynamic_ncols=True, disable=not is_main_process())
-    with bar, appending(path) as file:
-        if file and not path.stat().st_size:
+    new = not path.exists()
+    with bar, Lines(path) if is_main_process() else contextlib.nullcontext() as file:
+        if file and new:
             file.write(json.dumps(settings) + '\n')
         for output in asker.ask(task, todo):
             line = {'index': output.index, 'prompt_hash': output.prompt_hash, 'outputs': output.outputs}
@@ -191,20 +191,9 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
             tokens += output.tokens
             if file:
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
-                file.flush()
             bar.update()
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s', refresh=False)
     return [found[index] for index in range(len(examples))], tokens
-
-
-@contextlib.contextmanager
-def appending(path: Path) -> Iterator[TextIO | None]:
-    """The file, opened in the main process only."""
-    if not is_main_process():
-        yield None
-        return
-    with path.open('a', encoding='utf-8') as file:
-        yield file
 
 
 def resume(path: Path, settings: dict) -> dict[int, dict]:
@@ -251,7 +240,7 @@ def finish(config: EvaluateConfig, results: dict, skipped: dict, table: list[dic
     text = report.markdown(table, size, chat)
     say('\n' + text)
     if is_main_process():
-        summary = {'model': os.path.abspath(config.model), 'chat': chat, 'size': size, 'skipped': skipped, 'table': table}
+        summary = {'model': str(locate(config.model)), 'chat': chat, 'size': size, 'skipped': skipped, 'table': table}
         write_atomically(Path(config.output) / 'summary.json', json.dumps(summary, indent=1))
         lines = [f'\n{name} is left out: {why}.\n' for name, why in skipped.items()]
         write_atomically(Path(config.output) / 'table.md', text + ''.join(lines))

@@ -5,19 +5,21 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of
 from llama2_jax.data.sources import read_records
+from llama2_jax.files import Lines, write_atomically
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.engine import Engine, Request, Sample
@@ -27,7 +29,7 @@ from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
-from llama2_jax.train.workdir import no_space_is_said, write_atomically
+from llama2_jax.train.workdir import no_space_is_said
 
 SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids', 'answer'}
 PROMPTS = ('prompt', 'messages', 'token_ids')
@@ -142,14 +144,13 @@ def run(
     results = engine.generate(request for request, skip in zip(requests[done:], blocked[done:], strict=True) if not skip)
     tokens = 0
     bar = tqdm(total=len(rows), initial=done, unit='prompt', dynamic_ncols=True, disable=not is_main_process())
-    with bar, no_space_is_said(path), path.open('a', encoding='utf-8') as file:
+    with bar, no_space_is_said(path), Lines(path) if is_main_process() else contextlib.nullcontext() as file:
         for index in range(done, len(rows)):
             refused = [Sample(SPECIAL_TAGS_ERROR, [], [], 'stop')] * requests[index].num_samples
             samples = refused if blocked[index] else next(results)
             line = {'id': _name(index, rows[index][0]), 'samples': [_record(sample, logprobs) for sample in samples]}
-            if is_main_process():
+            if file:
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
-                file.flush()
             tokens += sum(len(sample.token_ids) for sample in samples)
             bar.update()
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s')
@@ -194,7 +195,7 @@ def resume(path: Path, stamp: str, names: list[Any]) -> int:
         if is_main_process():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(beside, stamp)
-            path.touch()
+            write_atomically(path, '')
         barrier('output made')
         return 0
     if not beside.exists() or beside.read_text(encoding='utf-8') != stamp:
@@ -208,8 +209,7 @@ def resume(path: Path, stamp: str, names: list[Any]) -> int:
         raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')
     barrier('output read')
     if rest and is_main_process():
-        with path.open('r+b') as file:
-            file.truncate(sum(len(line.encode()) + 1 for line in lines))
+        os.truncate(path, sum(len(line.encode()) + 1 for line in lines))  # on a disk: what is in a bucket is whole
     barrier('output cut')
     return len(lines)
 

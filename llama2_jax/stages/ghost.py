@@ -8,9 +8,9 @@ import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
@@ -19,6 +19,7 @@ from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.evals.ghost import TURNS, Grader, Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
+from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import sft
@@ -26,7 +27,7 @@ from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_run, write_atomically
+from llama2_jax.train.workdir import open_run
 
 MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
 

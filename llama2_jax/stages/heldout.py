@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.pretrain import Batch, PretrainData

@@ -10,11 +10,11 @@ import dataclasses
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.convert.orbax import save_model

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from llama2_jax.config import ModelConfig, UserError

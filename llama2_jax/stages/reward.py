@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +18,7 @@ from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.files import write_atomically
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.score import ScoreModel, scores_at, with_score
@@ -32,7 +33,7 @@ from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run, write_atomically
+from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')

@@ -8,22 +8,23 @@ import html
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import Verdict, verdict
+from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.ops.returns import gate
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.stages.generate import open_scorer
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.workdir import no_space_is_said, write_atomically
+from llama2_jax.train.workdir import no_space_is_said
 
 
 @dataclasses.dataclass(frozen=True)

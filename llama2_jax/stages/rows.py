@@ -1,11 +1,14 @@
 """Files of rows that grow as a run goes on, one JSON object a line, and outlive its interruption."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
+
 from llama2_jax.config import UserError
+from llama2_jax.files import Lines
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.train.workdir import no_space_is_said
 
@@ -27,8 +30,7 @@ def resume_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f'{path} is damaged: it has lines that are no rows; remove it to begin anew.')
     barrier('rows read')
     if rest and is_main_process():
-        with path.open('r+b') as file:
-            file.truncate(sum(len(line.encode()) + 1 for line in lines))
+        os.truncate(path, sum(len(line.encode()) + 1 for line in lines))  # on a disk: what is in a bucket is whole
     barrier('rows cut')
     return rows
 
@@ -36,5 +38,5 @@ def resume_rows(path: Path) -> list[dict[str, Any]]:
 def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to the end of the file, from the main process."""
     if is_main_process():
-        with no_space_is_said(path), path.open('a', encoding='utf-8') as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+        with no_space_is_said(path), Lines(path) as file:
+            file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))

@@ -6,23 +6,24 @@ import itertools
 import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 from jax.sharding import Mesh
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import check_given, load_model, open_model, shape_of, tokenizer_of
-from llama2_jax.convert.orbax import save_model
+from llama2_jax.convert.orbax import is_saved, save_model
 from llama2_jax.convert.peft import write_peft
 from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.evals import toy
+from llama2_jax.files import write_atomically
 from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, adapt, in_eight_bits, make_adapters, merge
-from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
+from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.frozen import load_frozen, merge_on_host
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
@@ -34,7 +35,7 @@ from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run, write_atomically
+from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'merge', 'compute.remat', 'compute.attention')
@@ -84,8 +85,8 @@ class SftConfig:
             raise UserError('merge=true needs adapters: set lora.rank.')
 
 
-def run(config: SftConfig, workdir: str) -> State:
-    """Fine-tunes, or continues, in `workdir`, and writes `workdir/model`; adapters go to `workdir/adapters`.
+def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
+    """Fine-tunes, or continues, in `workdir`, and writes a model, by default `workdir/model`; adapters go to `workdir/adapters`.
 
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
@@ -153,8 +154,9 @@ def run(config: SftConfig, workdir: str) -> State:
         say(f'The adapters are in {path / "adapters"}.')
     if frozen is None or config.merge:
         provenance = {'stage': 'sft', 'parent': config.init_from, 'step': data.steps}
-        save_model(path / 'model', merged(state.params), tokenizer, provenance)
-        say(f'The model is in {path / "model"}.')
+        model_to = model_to or path / 'model'
+        save_model(model_to, merged(state.params), tokenizer, provenance)
+        say(f'The model is in {model_to}.')
     return state
 
 
@@ -165,15 +167,11 @@ def command(model: str, dialogs: Path) -> str:
 
 def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
     """Fine-tunes for another stage in `path`/sft, on `dialogs` and the mixture besides; the model becomes `path`/model."""
-    if (path / 'model').exists():
+    if is_saved(path / 'model'):
         say(f'The model is in {path / "model"}.')
         return
     mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))
-    run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'))
-    if is_main_process():
-        (path / 'sft' / 'model').rename(path / 'model')
-    barrier('model moved')
-    say(f'That model is now {path / "model"}.')
+    run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'), path / 'model')
 
 
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:

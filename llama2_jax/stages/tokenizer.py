@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
+
+from etils.epath import Path
 
 from llama2_jax import runtime
 from llama2_jax.config import UserError

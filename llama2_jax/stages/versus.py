@@ -2,24 +2,23 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
 from llama2_jax.config import UserError, nearest
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import cut_left
 from llama2_jax.evals.measure import interval, resampled
+from llama2_jax.files import locate, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate
 from llama2_jax.stages.generate import open_engine, open_scorer
 from llama2_jax.stages.graders import answered
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import write_atomically
 
 Messages = Sequence[dict[str, str]]
 # (dialog, answer shown first, answer shown second) for each pair -> how much better the first is, below zero if worse.
@@ -116,7 +115,7 @@ def answer(config: VersusConfig, model: str, rows: Path, output: Path) -> list[s
     output = output.with_suffix('.jsonl')
     say(f'{model} answers.')
     engine = open_engine(model, config.batch_size, config.int8)
-    generate.run(engine, str(rows), str(output), settings, {'model': os.path.abspath(model), 'int8': config.int8})
+    generate.run(engine, str(rows), str(output), settings, {'model': str(locate(model)), 'int8': config.int8})
     barrier('answers written')
     return [json.loads(line)['samples'][0]['text'].strip() for line in output.read_text(encoding='utf-8').splitlines()]
 

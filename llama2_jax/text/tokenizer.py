@@ -11,6 +11,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import UserError
+from llama2_jax.files import write_atomically
 
 FILE_NAME = 'tokenizer.model'
 SENTENCE_BYTES = 4192  # SentencePiece drops longer training sentences without a word, so `sentences` cuts them
@@ -173,12 +174,7 @@ def train_tokenizer(
     if file.is_dir():
         file = file / FILE_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
-        partial.write_bytes(model)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(file, model)
     return Tokenizer(file)
 
 

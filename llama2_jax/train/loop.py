@@ -21,6 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
+from llama2_jax.files import locate
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.train.checkpoint import Checkpoints, Tree
 from llama2_jax.train.metrics import Meter, Progress, Report
@@ -50,7 +51,7 @@ class LoopConfig:
 
 
 def fit(
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     config: LoopConfig,
     *,
     abstract_state: Tree,
@@ -88,7 +89,7 @@ def fit(
       UserError: non-finite loss, no space left, no readable checkpoint, or data that ends early.
       SystemExit: with code 0 after a SIGTERM, a first Ctrl-C or the notice of a preemption, when the state is saved.
     """
-    workdir = Path(workdir).absolute()
+    workdir = locate(workdir)
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
     # The watch is outermost: when a process is lost, leaving the checkpoints may wait for it.
     with Watch() as watch, no_space_is_said(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:

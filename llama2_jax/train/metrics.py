@@ -2,22 +2,24 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
-from llama2_jax.train.workdir import write_atomically
+from llama2_jax.files import BUCKET_SECONDS, Lines, is_remote, write_atomically
 
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal, and between two visits to a slow disk
 
@@ -94,7 +96,7 @@ class Report:
         if not self._writes:
             return
         drop_metrics(workdir / 'metrics.jsonl', progress.step)
-        self._lines = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+        self._lines = Lines(workdir / 'metrics.jsonl')
         if (workdir / 'samples.md').exists():
             write_atomically(workdir / 'samples.md', _samples_until(workdir / 'samples.md', progress.step))
         self._board = TensorBoard(workdir / 'tensorboard', progress.step)
@@ -133,14 +135,13 @@ class Report:
             return
         line = {key: value if value is not None and math.isfinite(value) else None for key, value in line.items()}
         self._lines.write(json.dumps(line, allow_nan=False) + '\n')
-        self._lines.flush()
         self._board.write(line)
         self._bar.show(line)
 
     def flush(self) -> None:
         """Brings all lines to the disk: to be called before the checkpoint that makes them final."""
         if self._writes:
-            os.fsync(self._lines.fileno())
+            self._lines.sync()
             self._board.flush()
 
     def sample(self, step: int, text: str) -> None:
@@ -173,10 +174,14 @@ class TensorBoard:
         finally:
             if hidden:
                 del sys.modules['torch']
-        directory.mkdir(exist_ok=True)
         self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._path = directory / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
+        # What is to lie in a bucket grows on the disk, and is copied now and then.
+        self._local = tempfile.TemporaryDirectory() if is_remote(directory) else None
+        if not self._local:
+            directory.mkdir(exist_ok=True)
         # Records without SummaryWriter and its thread: that one would swallow the error of a full disk.
-        self._writer = RecordWriter(str(directory / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'))
+        self._writer = RecordWriter(os.path.join(self._local.name, self._path.name) if self._local else str(self._path))
         self._flushed = time.monotonic()
         self._put(file_version='brain.Event:2')
         self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
@@ -186,17 +191,26 @@ class TensorBoard:
         for key, value in line.items():
             if value is not None and key != 'step':
                 self._put(step=line['step'], summary=self._scalar(key, value, display_name=key))
-        if time.monotonic() - self._flushed > QUIET_SECONDS:
+        if time.monotonic() - self._flushed > (BUCKET_SECONDS if self._local else QUIET_SECONDS):
             self.flush()
 
     def flush(self) -> None:
         """Brings what was written to the disk, which may take a while."""
         self._writer.flush()
+        self._copy()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Writes what is left."""
         self._writer.close()
+        self._copy()
+        if self._local:
+            self._local.cleanup()
+
+    def _copy(self) -> None:
+        if self._local:
+            with open(os.path.join(self._local.name, self._path.name), 'rb') as file:
+                write_atomically(self._path, file.read())
 
     def _put(self, **event: Any) -> None:
         self._writer.write(self._event(wall_time=time.time(), **event).SerializeToString())
@@ -246,7 +260,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
       UserError: for a damaged line, naming it.
     """
     lines = []
-    for number, text in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True), start=1):
+    for number, text in enumerate(path.read_bytes().decode(errors='replace').splitlines(keepends=True), start=1):
         try:
             line = json.loads(text)
             lines.append(line | {'step': int(line['step'])})
@@ -289,6 +303,6 @@ def plot(workdir: Path) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure, whole or not at all."""
-    temporary = path.with_name(f'{path.stem}.tmp{path.suffix}')
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix('.'))
+    write_atomically(path, picture.getvalue())

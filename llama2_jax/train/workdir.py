@@ -8,20 +8,21 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
+from llama2_jax.files import bucket_errors, is_remote, locate, write_atomically
 from llama2_jax.runtime import barrier
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _locked: set[Path] = set()  # workdirs, by this process
 
 
-def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] = ()) -> Path:
+def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str, ...] = ()) -> Path:
     """Makes `workdir` the home of `config` (a dataclass), or checks that it already is; every process calls it.
 
     `may_change` lists the dotted fields or sections that a resumed run may change because no result depends on them
@@ -31,12 +32,12 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
       UserError: the directory holds a run of another configuration (the first differing field and both values are
         named), its config.json is damaged, it cannot be written, or another run is at work in it.
     """
-    if '://' in str(workdir):
-        raise UserError(f'--workdir={workdir}: a bucket must be mounted (with gcsfuse, say) and given as a path.')
-    workdir = Path(workdir).absolute()
+    workdir = locate(workdir)
     path = workdir / 'config.json'
     text = config_lib.to_json(config)
-    if path.exists():
+    with bucket_errors(workdir):
+        there = path.exists()
+    if there:
         _check_same(path, json.loads(text), may_change)
     barrier('workdir checked')  # nobody writes before everybody has looked
     if jax.process_index() == 0:
@@ -51,7 +52,7 @@ def open_workdir(workdir: str | Path, config: Any, may_change: tuple[str, ...] =
 
 
 def open_run(
-    workdir: str | Path, config: Any, may_change: tuple[str, ...], results: tuple[str, ...] = ('checkpoints/[0-9]*',)
+    workdir: str | os.PathLike, config: Any, may_change: tuple[str, ...], results: tuple[str, ...] = ('checkpoints/[0-9]*',)
 ) -> tuple[Path, bool]:
     """`open_workdir` for a run of which there are results once a file matches one of the patterns `results`.
 
@@ -60,14 +61,15 @@ def open_run(
     Returns:
       The workdir, and whether there were results.
     """
-    begun = any(any(Path(workdir).glob(pattern)) for pattern in results)
+    with bucket_errors(workdir):
+        begun = any(any(locate(workdir).glob(pattern)) for pattern in results)
     fields = tuple(field.name for field in dataclasses.fields(config))
     return open_workdir(workdir, config, may_change if begun else fields), begun
 
 
 def _lock(workdir: Path) -> None:
-    """Keeps a lock on the workdir until this process ends, in whatever way."""
-    if workdir in _locked:
+    """Keeps a lock on the workdir until this process ends, in whatever way; a bucket has none."""
+    if workdir in _locked or is_remote(workdir):
         return
     file = os.open(workdir / '.lock', os.O_RDWR | os.O_CREAT, 0o666)  # stays open
     try:
@@ -107,16 +109,6 @@ def _fields(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
         return
     for name, value in tree.items():
         yield from _fields(value, f'{prefix}.{name}' if prefix else name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at `path`: whoever looks, at any moment and after any crash, sees the old text or the new."""
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

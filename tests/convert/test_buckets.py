@@ -1,13 +1,9 @@
 """Models in a bucket: every format read from it and written to it, and nothing that looks whole before it is."""
 
-import os
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bucket import Bucket
 from etils import epath
 from small_models import GQA, random_model
 
@@ -18,26 +14,7 @@ from llama2_jax.convert.orbax import save_model
 from llama2_jax.convert.transfer import convert
 from llama2_jax.train.checkpoint import Checkpoints
 
-os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # or it would ask Google over gRPC what kind of bucket it is
-fsspec = pytest.importorskip('fsspec')
-pytest.importorskip('gcsfs')
 pytestmark = pytest.mark.filterwarnings('default')  # of Google's libraries
-
-
-@pytest.fixture(scope='module')
-def objects():
-    """What the bucket gs://bucket holds, name -> bytes."""
-    server = Bucket()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ('STORAGE_EMULATOR_HOST', 'TENSORSTORE_GCS_HTTP_URL'):
-            patch.setenv(name, server.url)
-        patch.setenv('GCE_METADATA_ROOT', '127.0.0.1:1')  # nobody is asked who we are
-        patch.setitem(fsspec.config.conf, 'gcs', {'token': 'anon', 'use_listings_cache': False})
-        yield server.objects
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(('form', 'shards'), [('hf', 1), ('meta', 2), ('gguf', 1), ('orbax', 1)])

@@ -105,7 +105,7 @@ def test_create(pod, monkeypatch):
     assert verbs(first[4:]) == ['scp', 'ssh', 'ssh']
     assert (pod.home / 'pod.env').read_text() == 'POD=mine\nZONE=us-east5-a\nPROJECT=p\nSLICES=1\n'
     assert (pod.fake / 'mine/1/llama2_jax/llama2_jax/model/llama.py').exists()
-    assert (pod.fake / 'uv').read_text().count('pip install --quiet --python .venv/bin/python -r requirements.txt -e .[tpu]') == 2
+    assert (pod.fake / 'uv').read_text().count('--python .venv/bin/python -r requirements.txt -e .[tpu,gcs]') == 2
     pod(*command)
     assert verbs(pod.calls()) == ['describe', 'scp', 'ssh', 'ssh']
     (pod.fake / 'state').write_text('SUSPENDED\n')  # a spot pod that was taken away

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llama2_jax.config import UserError
+from llama2_jax.files import write_atomically
 from llama2_jax.stages.report import markdown
 from llama2_jax.stages.report.curves import by_count, calibration, curves, plane
 from llama2_jax.stages.report.runs import Run, answers, find_runs, sections
-from llama2_jax.train.workdir import no_space_is_said, write_atomically
+from llama2_jax.train.workdir import no_space_is_said
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 MOST_ROWS = 60  # of a table or of samples
