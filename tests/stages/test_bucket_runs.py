@@ -17,7 +17,10 @@ from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.train.metrics import Report
 from llama2_jax.train.workdir import open_run
 
-pytestmark = [pytest.mark.usefixtures('mesh', 'one_device', 'compiled_once'), pytest.mark.filterwarnings('default')]  # Google's libraries warn
+pytestmark = [
+    pytest.mark.usefixtures('mesh', 'one_device', 'compiled_once'),
+    pytest.mark.filterwarnings('default'),  # Google's libraries warn
+]
 
 CLOCK = {'seconds', 'tokens_per_second', 'tflops', 'mfu'}
 
