@@ -5,6 +5,7 @@ differs in which numbers of a head it rotates together. Ours and Hugging Face's 
 neighbours, (2j, 2j + 1). So the rows of a head of w_q and w_k change places on the way (recipe A.4).
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ BLOCK = {
     'w_down_DF': Entry('DF', 'F', _META + 'feed_forward.w2.weight', _HF + 'mlp.down_proj.weight', _GGUF + 'ffn_down.weight'),
 }
 TABLE = OUTSIDE | HEADS | BLOCK
+TILE = 480, 256  # of a matrix that is turned: what a core's own cache holds, and rows that are no power of two apart
 NEIGHBOURS = ('meta', 'gguf')  # the formats whose RoPE rotates neighbours
 
 Key = tuple[str, int | None]  # our name, and the layer or None
@@ -140,14 +142,18 @@ def integers(array: np.ndarray) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order. In strips: numpy by itself walks a transposed matrix against the cache, several times slower."""
+    """The array in C order. By tiles: numpy by itself walks a transposed matrix against the cache, several times slower."""
     if array.flags.c_contiguous:
         return array
     source = integers(array.reshape(len(array), -1))
     out = np.empty_like(source, order='C')
-    strip = source.shape[1] if source.strides[1] == source.itemsize else 16
-    for i in range(0, source.shape[1], strip):
-        out[:, i : i + strip] = source[:, i : i + strip]
+    if source.strides[1] == source.itemsize:
+        out[...] = source
+        return out.view(array.dtype).reshape(array.shape)
+    rows, columns = TILE
+    for i, j in itertools.product(range(0, source.shape[0], rows), range(0, source.shape[1], columns)):
+        tile = source[i : i + rows, j : j + columns]
+        out[i : i + rows, j : j + columns] = np.ascontiguousarray(tile.T).T
     return out.view(array.dtype).reshape(array.shape)
 
 

@@ -76,6 +76,8 @@ class RlhfConfig:
     def __post_init__(self) -> None:
         if self.versions < 1:
             raise UserError(f'versions must be positive, not {self.versions}.')
+        if self.collect.raters != 'people' and not self.collect.prompts:
+            raise UserError(f'collect.raters={self.collect.raters} need prompts: give them with --set collect.prompts=….')
 
 
 def run(config: RlhfConfig, workdir: str) -> None:

@@ -101,3 +101,8 @@ def test_the_helpfulness_model_follows_the_policy(tmp_path, called):
     assert judges == ['help', f'{v1}/rm-help/model']
     [(last, _)] = called['ppo']
     assert last.rewards == RewardsConfig(f'{v2}/rm-help/model', 'safe') and set(called['answer']) == {last.rewards}
+
+
+def test_raters_need_prompts():
+    with pytest.raises(UserError, match=r'^collect\.raters=helpfulness need prompts'):
+        RlhfConfig(collect=CollectConfig(raters='helpfulness'))
