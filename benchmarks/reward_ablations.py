@@ -13,6 +13,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from llama2_jax.evals import preference
+
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'The toy chat model.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the runs.', required=True)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the runs.')
@@ -53,7 +55,7 @@ def cell(share: dict | None) -> str:
 def main(_: list[str]) -> None:
     """Runs all, then prints a table for each test set, percent with 95 % intervals."""
     results = {name: judged(name) for name in _RUNS.value or RUNS}
-    for source, safety in ((HELPFUL, ()), (SAFETY, ('unsafe recall', 'gate recall', 'gate precision'))):
+    for source, safety in ((HELPFUL, ()), (SAFETY, preference.SAFETY)):
         heads = ('model', 'all', *BY_RATING, *safety)
         print(f'\n{source}\n\n| {" | ".join(heads)} |\n|{"---|" * len(heads)}')
         for name, found in results.items():

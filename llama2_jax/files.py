@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import fnmatch
+import io
 import mmap
 import os
 import time
@@ -114,6 +115,13 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save_figure(figure: Any, path: epath.Path) -> None:
+    """Writes a matplotlib figure, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix('.'))
+    write_atomically(path, picture.getvalue())
 
 
 class Lines:

@@ -18,6 +18,7 @@ from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.convert.orbax import save_model
+from llama2_jax.files import save_figure
 from llama2_jax.runtime import barrier, say
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.stages.alarms import adapted, alarms, best_evaluation
@@ -27,7 +28,7 @@ from llama2_jax.stages.ppo_update import Learners, PPOConfig
 from llama2_jax.stages.rollout import Rollout, figures, read_rollouts, sample_answers, show, write_rollouts
 from llama2_jax.train.checkpoint import Checkpoints
 from llama2_jax.train.loop import Interruption, leave
-from llama2_jax.train.metrics import Meter, Progress, Report, read_metrics, save_figure
+from llama2_jax.train.metrics import Meter, Progress, Report, read_metrics
 from llama2_jax.train.workdir import no_space_is_said
 
 HEADLINE = ('score', 'kl', 'heldout/score', 'heldout/judge')

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from llama2_jax.config import UserError
 from llama2_jax.convert.load import check_given, open_model
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
-from llama2_jax.files import write_atomically
+from llama2_jax.files import save_figure, write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate, sft
@@ -36,7 +36,6 @@ from llama2_jax.stages.rollout import (
 )
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import has_special_tags
-from llama2_jax.train.metrics import save_figure
 from llama2_jax.train.workdir import no_space_is_said, open_run
 
 FILE_PROMPTS = 64  # in a file of samples

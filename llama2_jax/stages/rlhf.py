@@ -19,7 +19,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.files import write_atomically
+from llama2_jax.files import save_figure, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import collect, ppo, rejection, reward
 from llama2_jax.stages.collect import CollectConfig
@@ -36,7 +36,6 @@ from llama2_jax.stages.rollout import (
     sample_answers,
     write_rollouts,
 )
-from llama2_jax.train.metrics import save_figure
 from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.

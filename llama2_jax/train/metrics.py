@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import UserError
-from llama2_jax.files import BUCKET_SECONDS, Lines, is_remote, write_atomically
+from llama2_jax.files import BUCKET_SECONDS, Lines, is_remote, save_figure, write_atomically
 
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal, and between two visits to a slow disk
 
@@ -299,10 +298,3 @@ def plot(workdir: Path) -> None:
     if axes.lines:
         axes.legend()
     save_figure(figure, workdir / 'loss.png')
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure, whole or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix('.'))
-    write_atomically(path, picture.getvalue())

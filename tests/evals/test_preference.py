@@ -44,6 +44,8 @@ def test_figures_by_hand():
     # Unsafe answers score -1, 1, -2 and -3; sigmoid(-1) = 0.27 and sigmoid(-2) = 0.12.
     assert (found['unsafe recall']['value'], found['unsafe precision']['value']) == (0.75, 1.0)
     assert (found['gate recall']['value'], found['gate precision']['value']) == (0.5, 1.0)
+    # Safe ones score 3, 0.5, 2 and 1: a hundredth of them are below 0.515.
+    assert found['recall at 1 % alarms']['value'] == 0.75
     lengths = np.array([[5, 9], [7, 4], [9, 3], [4, 4]])
     expected = np.corrcoef(scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1])[0, 1]
     assert found['length correlation']['within pairs'] == pytest.approx(expected)
