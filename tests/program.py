@@ -73,13 +73,18 @@ def final(workdir):
         return [arrays[name] for name in arrays.files]
 
 
-def launch(workdir, devices, kill=None, **options):
-    """Starts this program in a process with so many devices."""
+def start(arguments, devices, environment=None):
+    """Starts Python in a process with so many devices."""
     # Compiled in half the time, to code that is slow.
     flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags} | options.pop('environment', {})
-    arguments = [sys.executable, __file__, str(workdir), json.dumps(options), json.dumps(kill)]
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags} | (environment or {})
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def launch(workdir, devices, kill=None, environment=None, **options):
+    """Starts this program in a process with so many devices."""
+    return start([__file__, workdir, json.dumps(options), json.dumps(kill)], devices, environment)
 
 
 def finish(*processes, code=0, seconds=300):
@@ -92,13 +97,18 @@ def finish(*processes, code=0, seconds=300):
     assert [process.returncode for process in processes] == [code] * len(processes), '\n'.join(errors)
 
 
-def launch_several(workdir, processes, devices, environment=None, **options):
-    """Starts the processes of one run, each with so many devices."""
+def members(processes):
+    """The environment of each of several processes of one run."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
-    common = (environment or {}) | {'LLAMA2_JAX_COORDINATOR': address, 'LLAMA2_JAX_PROCESSES': str(processes)}
-    each = [common | {'LLAMA2_JAX_PROCESS': str(index)} for index in range(processes)]
+    common = {'LLAMA2_JAX_COORDINATOR': address, 'LLAMA2_JAX_PROCESSES': str(processes)}
+    return [common | {'LLAMA2_JAX_PROCESS': str(index)} for index in range(processes)]
+
+
+def launch_several(workdir, processes, devices, environment=None, **options):
+    """Starts the processes of one run, each with so many devices."""
+    each = [(environment or {}) | member for member in members(processes)]
     return [launch(workdir, devices, environment=variables, **options) for variables in each]
 
 

@@ -19,7 +19,7 @@ from etils.epath import Path
 from llama2_jax.config import UserError
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.files import save_figure
-from llama2_jax.runtime import barrier, say
+from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.stages.alarms import adapted, alarms, best_evaluation
 from llama2_jax.stages.devices import to_mesh
@@ -77,7 +77,8 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                     checkpoints.save(number, learners, {'beta': beta, 'progress': dataclasses.asdict(progress)})
                 if stop:
                     leave(number, config.iterations, checkpoints, report)
-    plot(lines, path / 'reward_kl.png')
+    if is_main_process():
+        plot(lines, path / 'reward_kl.png')
     best = best_evaluation(lines)
     say(f'The model of iteration {best["step"]}, held-out score {best["heldout/score"]:.4f}, is in {path / "model"}.')
     return learners
