@@ -18,16 +18,45 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 COMMANDS = [(page.name, words) for page in PAGES for words in commands.commands(page)]
 PROGRAMS = [(page, words) for page, words in COMMANDS if words[0] == 'python' and words[1].startswith('experiments/')]
 
+
+def settings(*fields):
+    return [word for field in fields for word in ('--set', field)]
+
+
 # What makes a documented command small enough to run here; the commands of other programs are read only. README's are run in
-# their order, the first of each program, in a directory that has what they name.
-SMALL_RUN = ['tokens=2048', 'batch_size=4', 'length=64', 'optimizer.warmup_steps=1', 'model.layers=1', 'eval_batches=1']
+# their order, in a directory that has what they name.
+ROUND = ('count=48', 'samples=2', 'temperatures=1.0,', 'sft.grade=false', 'sft.data.epochs=1')
+ITERATION = ('iterations=1', 'batch_size=8', 'minibatch_size=4', 'eval_prompts=4')
+PAIRS = ('data.epochs=0.1', 'batch_size=16', 'optimizer.warmup_steps=1', 'loop.eval_every=0', 'eval_batches=1')
+REWARDS = ('rewards.helpfulness=rm-help/model', 'rewards.safety=rm-safe/model')
 SMALLER = {
-    'train_tokenizer.py': ['--set', 'vocab_size=512'],
-    'pretrain.py': [word for field in [*SMALL_RUN, 'model.vocab_size=512'] for word in ('--set', field)],
+    'train_tokenizer.py': settings('vocab_size=512'),
+    'pretrain.py': settings(
+        *('tokens=8192', 'batch_size=4', 'length=64', 'eval_batches=1', 'optimizer.warmup_steps=1'),
+        *('model.layers=1', 'model.vocab_size=512'),
+    ),
     'generate.py': ['--max_new_tokens=8'],
+    'sft.py': settings(
+        'init_from=run/model', 'data.mixture=toy:dialogs:0.2', 'data.epochs=1', 'loop.eval_every=0', 'eval_batches=1'
+    ),
+    'ghost_attention.py': settings('model=sft/model', 'samples=1', 'count=8', 'judged=2', 'turns=3', 'sft.data.mixture='),
+    'context_distillation.py': settings('model=sft/model', 'safety=rm-safe/model'),
+    'reward_model.py': settings('init_from=sft/model', *PAIRS),
+    'evaluate.py': ['--limit=8'],
+    'rejection_sampling.py': settings('sample_from=sft/model', *ROUND),
+    'collect_preferences.py': settings('count=32'),
+    'ppo.py': settings(*ITERATION),
+    'rlhf.py': settings(
+        *('init_from=sft/model', *REWARDS, 'versions=1', 'evaluation=toy:safety_prompts', 'collect.count=32'),
+        *(f'rejection.{field}' for field in ROUND),
+        *(f'reward.{field}' for field in PAIRS),
+        *(f'ppo.{field}' for field in ITERATION),
+    ),
     'convert.py': [],
     'report.py': [],
 }
+INPUT = re.compile(r'(?:--\w+|[\w.]*(?:model|models|init_from|sample_from|safety|helpfulness))=([\w-]+(?:/\w+)?)$')
+OUTPUT = re.compile(r'--(output|workdir|to|dtype)=')
 
 
 def named(items):
@@ -103,32 +132,42 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f'{page.name}: {target}'
 
 
+def misses(words, home):
+    """What a command is to read that is not there."""
+    named = [match[1] for word in words if not OUTPUT.match(word) and (match := INPUT.match(word))]
+    named += [word.partition('=')[2] for word in words if word.startswith('--prompts=') and 'toy:' not in word]
+    return [name for name in named if ('/' in name or '.' in name or '-' in name) and not (home / name).exists()]
+
+
 @pytest.mark.slow
 def test_the_readme_runs(tmp_path):
-    """Top to bottom: the first command of each program whose input is there by then."""
+    """Top to bottom, but for what needs weights or data that only others have."""
     for name in ('experiments', 'llama2_jax'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'corpus').mkdir()
     from llama2_jax.data import toy
 
-    for number, document in zip(range(60), toy.documents('stories'), strict=False):
-        (tmp_path / 'corpus' / f'{number}.txt').write_text(document)
+    for genre in toy.GENRES:
+        for number, document in zip(range(40), toy.documents(genre), strict=False):
+            (tmp_path / 'corpus' / f'{genre}-{number}.txt').write_text(document)
+    waiting = [
+        [words[1], *SMALLER[Path(words[1]).name], *words[2:]]
+        for page, words in PROGRAMS
+        if page == 'README.md'
+        and Path(words[1]).name in SMALLER
+        and not any(re.match('--(dry_run|topology|config=(?!tiny)|workdir=demo)', word) for word in words)
+    ]
     done = set()
-    for page, words in PROGRAMS:
-        script = Path(words[1]).name
-        inputs = [word.partition('=')[2] for word in words if re.match('--(input|model|prompts|workdir=demo)', word)]
-        if (
-            page != 'README.md'
-            or script in done
-            or script not in SMALLER
-            or not all((tmp_path / name).exists() for name in inputs)
-        ):
-            continue
-        if any(word.startswith(('--dry_run', '--config')) for word in words):
-            continue
-        command, environment = [sys.executable, *words[1:], *SMALLER[script]], os.environ | {'XLA_FLAGS': ''}
+    while runnable := [words for words in waiting if not misses(words, tmp_path)]:  # some need what comes later on the page
+        words = runnable[0]
+        waiting.remove(words)
+        environment = os.environ | {'XLA_FLAGS': ''}
+        command = [sys.executable, *words]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, (words, result.stderr[-2000:])
-        done.add(script)
-    assert done >= {'train_tokenizer.py', 'pretrain.py', 'generate.py', 'convert.py'}
+        done.add(Path(words[0]).name)
+    assert done == set(SMALLER)
+    left = {name for words in waiting for name in misses(words, tmp_path)}
+    assert left <= {'llama2-7b', 'Llama-2-7b-hf', 'prompts.jsonl'}, left
     assert (tmp_path / 'out-hf' / 'model.safetensors').exists()
+    assert (tmp_path / 'versus' / 'versus.json').exists() and (tmp_path / 'rlhf' / 'versions.md').exists()
