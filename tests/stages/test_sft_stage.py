@@ -179,6 +179,21 @@ def test_a_run_learns_and_resumes_bit_for_bit(home, tmp_path, capsys):
     assert np.array_equal(model.head_DV[...], state.params.head_DV[...])
 
 
+def test_adapters_beside_a_model_in_eight_bits_are_merged_into_the_model_as_it_was(home, tmp_path):
+    lora = LoraConfig(rank=2, matrices=('q', 'o', 'up'), int8=True)
+    data = DialogConfig(mixture=f'jsonl:{home}/dialogs.jsonl', heldout=0.1, epochs=4)
+    loop = LoopConfig(log_every=1, eval_every=4, sample_every=0)
+    state = sft.run(config(home, lora=lora, data=data, loop=loop, prompts=(), merge=True), tmp_path / 'run')
+    lines = read_metrics(tmp_path / 'run/metrics.jsonl')
+    assert lines[-1]['loss'] < lines[0]['loss'] - 0.1
+    (model, _), (base, _) = load_model(tmp_path / 'run/model'), load_model(home / 'base')
+    a, b = (np.asarray(factor[...]) for factor in (state.params.a_up_DA, state.params.b_up_AF))
+    grown = np.asarray(base.blocks.w_up_DF[...]) + lora.scale * np.einsum('NDA,NAF->NDF', a, b)
+    np.testing.assert_allclose(model.blocks.w_up_DF[...], grown, atol=1e-6)
+    assert np.abs(lora.scale * np.einsum('NDA,NAF->NDF', a, b)).max() > 1e-3
+    assert np.array_equal(model.blocks.w_down_DF[...], base.blocks.w_down_DF[...])
+
+
 def test_adapters_train_beside_a_frozen_model(home, tmp_path, capsys):
     some = config(
         home,
