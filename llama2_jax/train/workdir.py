@@ -15,7 +15,7 @@ from etils.epath import Path
 
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
-from llama2_jax.files import bucket_errors, is_remote, locate, write_atomically
+from llama2_jax.files import bucket_errors, is_remote, locate, matching, write_atomically
 from llama2_jax.runtime import barrier
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,9 +62,15 @@ def open_run(
       The workdir, and whether there were results.
     """
     with bucket_errors(workdir):
-        begun = any(any(locate(workdir).glob(pattern)) for pattern in results)
+        begun = any(_holds(locate(workdir), pattern) for pattern in results)
     fields = tuple(field.name for field in dataclasses.fields(config))
     return open_workdir(workdir, config, may_change if begun else fields), begun
+
+
+def _holds(workdir: Path, pattern: str) -> bool:
+    """Whether there is a file of such a name; only its last part may be a pattern."""
+    path = workdir / pattern
+    return path.parent.is_dir() and bool(matching(path.parent, path.name))
 
 
 def _lock(workdir: Path) -> None:

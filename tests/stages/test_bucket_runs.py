@@ -72,9 +72,9 @@ def test_what_other_stages_write(objects, tmp_path):
 
 
 def test_a_bucket_that_cannot_be_reached(monkeypatch):
-    def glob(self, pattern):
+    def is_dir(self):
         raise ImportError('Please install gcsfs to access Google Storage')
 
-    monkeypatch.setattr(epath.gpath._GPath, 'glob', glob)
+    monkeypatch.setattr(epath.gpath._GPath, 'is_dir', is_dir)
     with pytest.raises(UserError, match=r'^gs://bucket/run cannot be reached: Please install gcsfs'):
         open_run('gs://bucket/run', ModelConfig(), ())

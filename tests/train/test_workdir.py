@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llama2_jax.config import UserError
-from llama2_jax.train.workdir import no_space_is_said, open_workdir
+from llama2_jax.train.workdir import no_space_is_said, open_run, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,16 @@ def test_some_fields_may_change(tmp_path):
     open_workdir(tmp_path, Config(data=Data('toy:verse', 2)), may_change=('data',))
     with pytest.raises(UserError, match='data.mixture='):
         open_workdir(tmp_path, Config(), may_change=('dat', 'data.work', 'data.workers'))
+
+
+def test_until_there_are_results_all_may_change(tmp_path):
+    workdir = tmp_path / 'run [1]*'  # which is no pattern
+    assert open_run(workdir, Config(), ())[1] is False
+    assert open_run(workdir, Config(steps=20), ())[1] is False
+    (workdir / 'checkpoints' / '4').mkdir(parents=True)
+    with pytest.raises(UserError, match='belongs to a run with steps=20, and this one has steps=10'):
+        open_run(workdir, Config(), ())
+    assert open_run(workdir, Config(steps=20), ())[1] is True
 
 
 def test_damaged_config_and_unwritable_directory(tmp_path):
