@@ -99,6 +99,8 @@ def test_a_tree_in_one_file(tree):
 
 
 def test_nothing_to_report(tmp_path):
+    with pytest.raises(UserError, match=r'^--workdir=gs://bucket/run lies in a bucket: copy it'):
+        write_report('gs://bucket/run')
     with pytest.raises(UserError, match='is no directory'):
         write_report(str(tmp_path / 'none'))
     with pytest.raises(UserError, match='There is nothing to report in'):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2_jax.config import UserError
-from llama2_jax.files import write_atomically
+from llama2_jax.files import is_remote, write_atomically
 from llama2_jax.stages.report import markdown
 from llama2_jax.stages.report.curves import by_count, calibration, curves, plane
 from llama2_jax.stages.report.runs import Run, answers, find_runs, sections
@@ -31,6 +31,8 @@ def write_report(workdir: str, output: str = '') -> Path:
     Raises:
       UserError: there is nothing to report, or it cannot be written.
     """
+    if is_remote(workdir):
+        raise UserError(f'--workdir={workdir} lies in a bucket: copy it to a disk first, without checkpoints/ and model/params/.')
     root = Path(workdir)
     path = Path(output) if output else root / 'report.html'
     text = page(root.absolute().name, find_runs(root))
