@@ -33,7 +33,7 @@ SMALLER = {
     'train_tokenizer.py': settings('vocab_size=512'),
     'pretrain.py': settings(
         *('tokens=8192', 'batch_size=4', 'length=64', 'eval_batches=1', 'optimizer.warmup_steps=1'),
-        *('model.layers=1', 'model.vocab_size=512'),
+        *('model.layers=1', 'model.vocab_size=512', 'model.heads=8', 'model.kv_heads=8', 'model.head_dim=16'),
     ),
     'generate.py': ['--max_new_tokens=8'],
     'sft.py': settings(
