@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 SCALE ?= tiny
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
+# See llama2_jax/huge_pages.py.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help demo test slow setup
 help:  ## this list
