@@ -24,7 +24,7 @@ from llama2_jax.ops.linear import linear, quantize
 from llama2_jax.ops.rope import rope_table
 from llama2_jax.ops.sampling import sample
 
-CHUNK = 64  # tokens a row decodes in one call at most; their keys and values then move to the cache together
+CHUNK = 64  # tokens a row decodes in one call at most; their keys and values then move to the cache together, by `kept`
 STOP_IDS = 8  # token ids that may end a row, at most
 
 KeysAndValues = tuple[jax.Array, jax.Array]  # [R, G, M, K] each
@@ -150,6 +150,12 @@ def lengthened(cache: Cache, places: int) -> Cache:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0))), cache)
 
 
+@partial(jax.jit, static_argnames='places')
+def shortened(cache: Cache, places: int) -> Cache:
+    """The first places of the cache."""
+    return jax.tree.map(lambda x: x[:, :, :places], cache)
+
+
 @partial(jax.jit, donate_argnums=0)
 def copied(cache: Cache, source_R: jax.Array, target_R: jax.Array, used_R: jax.Array) -> Cache:
     """Copies rows of the cache onto others of the same device, one after the other.
@@ -212,22 +218,28 @@ def decode(
 
     Args:
       weights: of the model.
-      cache: is used up; it has CHUNK places beyond the longest row.
+      cache: of the tokens before; it is read for each token, so the shorter the better.
       rows: where each is.
       steps: int32, at most so many tokens.
       quota: int32; it also ends when so many of the live rows are done.
 
     Returns:
-      The cache; tokens [B, CHUNK] int32 and their log-probabilities [B, CHUNK] float32; how many of them are the row's [B].
+      The keys and values of CHUNK tokens, for `kept`; tokens [B, CHUNK] int32 and their log-probabilities [B, CHUNK] float32;
+      how many of them are the row's [B].
     """
 
     def unfinished(progress: Progress) -> jax.Array:
         return (progress.column < steps) & (jnp.sum(progress.done_B & rows.live_B) < quota)
 
-    start_R, live_R = reshard(rows.length_B, 'R'), reshard(rows.live_B, 'R')
     progress = jax.lax.while_loop(unfinished, partial(decode_token, weights, cache, rows), beginning(cache, rows))
-    cache = jax.tree.map(lambda x, new: _write(x, new, start_R, live_R), cache, progress.recent)
-    return cache, *(replicate(x) for x in (progress.tokens_BL, progress.logprobs_BL, progress.count_B))
+    return progress.recent, *(replicate(x) for x in (progress.tokens_BL, progress.logprobs_BL, progress.count_B))
+
+
+@partial(jax.jit, donate_argnums=0)
+def kept(cache: Cache, recent: Cache, rows: Rows) -> Cache:
+    """The cache, which is used up and has CHUNK places beyond the longest row, with what `decode` has given for such rows."""
+    start_R, live_R = reshard(rows.length_B, 'R'), reshard(rows.live_B, 'R')
+    return jax.tree.map(lambda x, new: _write(x, new, start_R, live_R), cache, recent)
 
 
 def compiler_options(device: jax.Device) -> dict[str, str]:
@@ -247,7 +259,7 @@ def programs(device: jax.Device) -> tuple[Callable, Callable]:
     options = compiler_options(device)
     return (
         jax.jit(prefill, static_argnames='fresh', donate_argnums=1, compiler_options=options),
-        jax.jit(decode, donate_argnums=1, compiler_options=options),
+        jax.jit(decode, compiler_options=options),
     )
 
 

@@ -13,7 +13,7 @@ from llama2_jax.model import decode
 
 PIECES = (32, 128, 512)  # tokens of a prompt that one call reads; few sizes, for every one is a program
 READ_TOGETHER = 2048  # tokens of all rows in one call, at most, but for one piece a device
-FIRST_PLACES = 256  # of every row, to begin with
+FIRST_PLACES = 128  # of every row, to begin with
 WORTH_COPYING = 16  # tokens that a prompt has in common with what another row holds
 
 
@@ -72,9 +72,13 @@ class Slots:
 
     def advance(self, rows: decode.Rows, steps: int, quota: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`decode`: tokens [B, CHUNK], their log-probabilities, and how many are each row's [B]; rows hold what they read."""
-        self._reserve(int(rows.length_B.max()) + decode.CHUNK)
+        places = int(rows.length_B.max()) + decode.CHUNK
+        self._shorten(2 * places)
         with self._devices():
-            self._cache, *drawn = self._decode(self._weights, self._cache, rows, np.int32(steps), np.int32(quota))
+            recent, *drawn = self._decode(self._weights, self._cache, rows, np.int32(steps), np.int32(quota))
+        self._reserve(places)
+        with self._devices():
+            self._cache = decode.kept(self._cache, recent, rows)
             tokens, logprobs, counts = (np.asarray(x) for x in drawn)
         for slot in np.flatnonzero(rows.live_B):
             read = [rows.token_B[slot : slot + 1], tokens[slot, : counts[slot] - 1]]
@@ -152,6 +156,17 @@ class Slots:
         if self._places > self._cache[0][0].shape[2]:
             with self._devices():
                 self._cache = decode.lengthened(self._cache, self._places)
+
+    def _shorten(self, places: int) -> None:
+        """Cuts off what of the cache is beyond so many places: all of it is read for each token. Long rows have left it so."""
+        enough = FIRST_PLACES
+        while enough < places:
+            enough *= 2
+        if enough < self._places:
+            self._places = enough
+            self.held = [held[:enough] for held in self.held]
+            with self._devices():
+                self._cache = decode.shortened(self._cache, enough)
 
     def _shard(self, slot: int) -> int:
         return slot // self._rows_a_shard

@@ -121,6 +121,18 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
 
 
+def test_a_cache_that_long_rows_have_left_is_cut():
+    """All of it is read for each token. What follows is drawn as by an engine that never had a long row."""
+    config = dataclasses.replace(GQA, context=600)
+    short = [Request(prompt, 6, temperature=1.0, seed=seed) for seed, prompt in enumerate(ragged(4, longest=7))]
+    engine, fresh = (engine_of(config, batch_size=4) for _ in range(2))
+    list(engine.generate([Request([*range(3, 90)] * 5, 6)] * 4))
+    places = [engine._slots._cache[0][0].shape[2]]
+    assert tokens(engine.generate(short)) == tokens(fresh.generate(short))
+    places += [some._slots._cache[0][0].shape[2] for some in (engine, fresh)]
+    assert places == [512, 256, 128]
+
+
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens of prompts were read, in each call: pad tokens do not count."""
