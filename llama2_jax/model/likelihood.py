@@ -5,6 +5,7 @@ batch of them begins with is read into the cache, and the rest lies packed in ro
 (the trunk), then what each choice adds (a branch). A token sees the cache, the trunk before it and its own branch.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple
@@ -21,8 +22,9 @@ from llama2_jax.ops.attention import attention_with_cache
 from llama2_jax.ops.linear import linear
 
 LENGTH = 512  # tokens in a packed row; twice as long where one question needs it
+STEP = 128  # rows may be shorter by a multiple of it, where the last questions of a test need less
 ROWS = 4  # on a device, at most: so many tokens keep its matrix units busy
-TARGETS = 128  # log-probabilities of a row that one call gives
+TARGETS = 32, 128  # log-probabilities of a row that one call gives: few where letters are asked for
 PADDING = -1
 
 Choice = tuple[Sequence[int], Sequence[int]]  # the ids of a context, BOS included, and of a continuation of it
@@ -158,22 +160,22 @@ def _batches(trees: Sequence[_Tree], rows: int) -> Iterator[tuple[list[_Tree], n
 
 
 def _places(sizes: Sequence[int], rows: int, length: int) -> list[tuple[int, int]] | None:
-    """Row and first place of each, first fit; None where they do not fit."""
-    used, places = [0] * rows, []
-    for size in sizes:
-        row = next((row for row in range(rows) if used[row] + size <= length), None)
+    """Row and first place of each, the longest first, where it fits first; None where they do not fit."""
+    used, places = [0] * rows, [(0, 0)] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        row = next((row for row in range(rows) if used[row] + sizes[index] <= length), None)
         if row is None:
             return None
-        places.append((row, used[row]))
-        used[row] += size
+        places[index] = row, used[row]
+        used[row] += sizes[index]
     return places
 
 
 def _lay_out(batch, held, rows):
     """The packed rows, and for every row its targets: (place, token, number in the batch, choice)."""
-    length, sizes = LENGTH, [tree.size(held) for tree in batch]
-    while not (places := _places(sizes, rows, length)):
-        length *= 2
+    sizes = [tree.size(held) for tree in batch]
+    lengths = itertools.chain(range(STEP, LENGTH, STEP), (LENGTH << n for n in itertools.count()))
+    length, places = next((length, places) for length in lengths if (places := _places(sizes, rows, length)))
     packed = Packed(*(np.full((rows, length), fill, np.int32) for fill in (0, 0, PADDING, 0)))
     targets = [[] for _ in range(rows)]
     for number, (tree, (row, start)) in enumerate(zip(batch, places, strict=True)):
@@ -190,11 +192,13 @@ def _lay_out(batch, held, rows):
 
 def _rounds(targets):
     """What one call after the other is asked: places [B, T], tokens [B, T], and (row, column, number, choice) of each answer."""
-    for first in range(0, max(map(len, targets)), TARGETS):
-        places, tokens = (np.zeros((len(targets), TARGETS), np.int32) for _ in range(2))
+    longest = max(map(len, targets))
+    size = next((size for size in TARGETS if size >= longest), TARGETS[-1])
+    for first in range(0, longest, size):
+        places, tokens = (np.zeros((len(targets), size), np.int32) for _ in range(2))
         owners = []
         for row, asked in enumerate(targets):
-            for column, (place, token, *owner) in enumerate(asked[first : first + TARGETS]):
+            for column, (place, token, *owner) in enumerate(asked[first : first + size]):
                 places[row, column], tokens[row, column] = place, token
                 owners.append((row, column, *owner))
         yield places, tokens, owners

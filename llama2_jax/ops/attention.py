@@ -20,6 +20,7 @@ from llama2_jax.mesh import spec
 
 Implementation = Literal['reference', 'splash', 'cudnn']
 ATTENTION_OUTPUT = 'attention'  # the name under which a remat policy saves it
+CACHED_QUERIES = 128  # that look at a cache at a time, at least: more scores than theirs fit no CPU's cache
 
 
 def implementation_for(platform: str) -> Implementation:
@@ -83,7 +84,8 @@ def attention_with_cache(
     Args:
       q_BLHK: queries, rotated by their positions.
       k_RGLK, v_RGLK: new keys, rotated, and values: of the same tokens, or of some before them too.
-      visible_LL: bool, which of the new keys each query sees; or [R, L, L], where rows differ in that.
+      visible_LL: bool, which of the new keys each query sees; or [R, L, L], where rows differ in that. Where there are as many
+        keys as queries, none sees a later one.
       cached_k_RGMK, cached_v_RGMK: the cache.
       length_R: int32, how many places of its cache a row sees.
       slot_R: int32, the row of the cache (of the rows on this device) that belongs to each row; None: their own.
@@ -108,20 +110,24 @@ def _cached(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, le
         cached_k_RGMK, cached_v_RGMK = cached_k_RGMK[slot_R], cached_v_RGMK[slot_R]
     q_RGPLK = (q_BLHK * K**-0.5).reshape(R, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
     visible_RM = jnp.arange(M)[None] < length_R[:, None]
-    scores = [
-        _masked_scores(q_RGPLK, cached_k_RGMK, visible_RM[:, None, None, None]),
-        _masked_scores(q_RGPLK, k_RGLK, visible_LL.reshape(-1, 1, 1, *visible_LL.shape[-2:])),
-    ]
-    # One softmax over both. A query sees itself at least, so the maximum is that of something visible.
-    top = jnp.maximum(*(jnp.max(some, axis=-1, keepdims=True, initial=-jnp.inf) for some in scores))
-    exps = [jnp.exp(some - top) for some in scores]
-    total = sum(some.sum(axis=-1, keepdims=True) for some in exps)
-    out_RGPLK = sum(
-        jnp.einsum('RGPLM,RGMK->RGPLK', some.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for some, v in zip(exps, (cached_v_RGMK, v_RGLK), strict=True)
-    )
-    out_RGPLK = (out_RGPLK / total).astype(v_RGLK.dtype)
-    out_RLHK = out_RGPLK.transpose(0, 3, 1, 2, 4).reshape(R, L, H, K)
+    visible_R11LL = visible_LL.reshape(-1, 1, 1, *visible_LL.shape[-2:])
+    outs = []
+    for rows, seen in _blocks(L, k_RGLK.shape[2], k_RGLK.shape[2] == L, CACHED_QUERIES):
+        q = q_RGPLK[..., rows, :]
+        scores = [
+            _masked_scores(q, cached_k_RGMK, visible_RM[:, None, None, None]),
+            _masked_scores(q, k_RGLK[:, :, seen], visible_R11LL[..., rows, seen]),
+        ]
+        # One softmax over both. A query sees itself at least, so the maximum is that of something visible.
+        top = jnp.maximum(*(jnp.max(some, axis=-1, keepdims=True, initial=-jnp.inf) for some in scores))
+        exps = [jnp.exp(some - top) for some in scores]
+        total = sum(some.sum(axis=-1, keepdims=True) for some in exps)
+        out = sum(
+            jnp.einsum('RGPLM,RGMK->RGPLK', some.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            for some, v in zip(exps, (cached_v_RGMK, v_RGLK[:, :, seen]), strict=True)
+        )
+        outs.append((out / total).astype(v_RGLK.dtype))
+    out_RLHK = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, L, H, K)
     return jax.lax.all_to_all(out_RLHK, 'rows', split_axis=2, concat_axis=0, tiled=True) if shards > 1 else out_RLHK
 
 
@@ -156,8 +162,8 @@ def _blockwise(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
     return _blockwise_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned)[0]
 
 
-def _blocks(queries, keys, aligned):
-    size = max(64, -(-queries // 8))
+def _blocks(queries, keys, aligned, least=64):
+    size = max(least, -(-queries // 8))
     for start in range(0, queries, size):
         stop = min(start + size, queries)
         yield slice(start, stop), slice(0, stop if aligned else keys)
