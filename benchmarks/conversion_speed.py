@@ -52,7 +52,8 @@ def _make(path: Path, tokenizer: Path, layers: int) -> None:
 
     def stream(prepare):
         for name, layer in keys(config, 'head_DV'):
-            yield (name, layer), prepare(name, rng.random(shape(name, config), np.float32).astype(dtype))
+            array = rng.random(shape(name, config), np.float32).astype(dtype)
+            yield (name, layer), (call() for call in prepare(name, array))
 
     write_huggingface(path, source, dtype, stream)
 

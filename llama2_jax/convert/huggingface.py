@@ -9,7 +9,7 @@ import numpy as np
 from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.names import from_theirs, in_parts, their_matrix, their_names, their_shape
 from llama2_jax.convert.source import (
     DTYPES,
     Source,
@@ -233,14 +233,15 @@ def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Stream
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
-    places, matrices = {}, stream(lambda name, array: to_theirs(name, array, config, 'hf'))
+    places, matrices = {}, stream(lambda name, array: in_parts(their_matrix(name, array, config)))
     for number, names in enumerate(shards, 1):
         file = 'model.safetensors' if len(shards) == 1 else f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         places |= dict.fromkeys(names, file)
         with create(path / file) as out:
             out.write(_header({name: their_shape(wanted[name][0], config) for name in names}, dtype))
             for _ in names:
-                out.write(next(matrices)[1].reshape(-1).view(np.uint8))
+                for part in next(matrices)[1]:
+                    out.write(part)
     if len(shards) > 1:
         write_json(path / 'model.safetensors.index.json', {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places})
     _write_tokenizer(path, model)

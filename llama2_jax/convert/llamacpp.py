@@ -14,7 +14,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.huggingface import CHAT_TEMPLATE
-from llama2_jax.convert.names import from_theirs, their_names, their_shape, to_theirs
+from llama2_jax.convert.names import as_bytes, from_theirs, their_names, their_shape, to_theirs
 from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_tensors
 from llama2_jax.files import create, is_remote, read_bytes, size_of
 from llama2_jax.text.tokenizer import Tokenizer
@@ -204,13 +204,13 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
             raise UserError(f'{theirs!r} has rows of {shape[-1]}, and {QUANTISED} takes blocks of {block}: use another --dtype.')
         writer.add_tensor_info(theirs, shape, np.dtype(np.float16), int(np.prod(shape)) // block * size, kind)
 
-    def prepare(name: str, array: np.ndarray) -> np.ndarray:
+    def content(name: str, array: np.ndarray) -> np.ndarray:
         matrix = to_theirs(name, array, config, 'gguf')
         if matrix.ndim == 1:
             matrix = matrix.astype(np.float32, copy=False)
         elif dtype == QUANTISED:
             matrix = gguf.quants.quantize(matrix.astype(np.float32, copy=False), kind)
-        return matrix.reshape(-1).view(np.uint8)
+        return as_bytes(matrix)
 
     header = io.BytesIO()
     writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
@@ -218,9 +218,10 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     with create(path) as file:
-        for content in itertools.chain([header.getbuffer()], (content for _, content in stream(prepare))):
-            file.write(content)
-            file.write(bytes(-len(content) % gguf.GGUF_DEFAULT_ALIGNMENT))
+        matrices = (matrix for _, [matrix] in stream(lambda *parameter: [partial(content, *parameter)]))
+        for stored in itertools.chain([header.getbuffer()], matrices):
+            file.write(stored)
+            file.write(bytes(-len(stored) % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:

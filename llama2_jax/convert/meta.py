@@ -2,6 +2,7 @@
 
 import contextlib
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,17 @@ import numpy as np
 from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError, hidden_size, nearest
-from llama2_jax.convert.names import Key, contiguous, cut_axis, from_theirs, integers, their_names, their_shape, to_theirs
+from llama2_jax.convert.names import (
+    Key,
+    as_bytes,
+    cut_axis,
+    from_theirs,
+    integers,
+    stored_rows,
+    their_matrix,
+    their_names,
+    their_shape,
+)
 from llama2_jax.convert.source import (
     Source,
     Stored,
@@ -130,8 +141,8 @@ def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Stream, shard
         names = [f'consolidated.{i:02d}' for i in range(shards)]
         outputs = [stack.enter_context(create(path / f'{name}.pth')) for name in names]
         files = [TorchFile(output, name, shapes, dtype) for output, name in zip(outputs, names, strict=True)]
-        for _, parts in stream(partial(_cut, config, shards)):
-            for file, (part, checksum) in zip(files, parts, strict=True):
+        for _, cuts in stream(partial(_cut, config, shards)):
+            for file, (part, checksum) in zip(files, cuts, strict=True):
                 file.write(part, checksum)
         for file in files:
             file.finish()
@@ -139,12 +150,15 @@ def write_meta(path: Path, model: Source, dtype: np.dtype, stream: Stream, shard
     write_json(path / 'params.json', params)
 
 
-def _cut(config: ModelConfig, shards: int, name: str, array: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """What each shard holds of a parameter, as bytes, and their checksums."""
-    matrix, axis = to_theirs(name, array, config, 'meta'), cut_axis(name)
-    parts = [matrix] * shards if axis is None else np.split(matrix, shards, axis)
-    contents = [contiguous(part).reshape(-1).view(np.uint8) for part in parts]
-    return [(content, zlib.crc32(content)) for content in contents]
+def _cut(config: ModelConfig, shards: int, name: str, array: np.ndarray) -> list[Callable[[], tuple[np.ndarray, int]]]:
+    """Calls that give what each shard holds of a parameter: bytes, and their checksum."""
+    matrix, axis = their_matrix(name, array, config), cut_axis(name)
+
+    def content(cut: np.ndarray) -> tuple[np.ndarray, int]:
+        stored = as_bytes(stored_rows(name, cut, config, 'meta'))
+        return stored, zlib.crc32(stored)
+
+    return [partial(content, cut) for cut in ([matrix] * shards if axis is None else np.split(matrix, shards, axis))]
 
 
 def make_params(config: ModelConfig) -> dict[str, Any]:

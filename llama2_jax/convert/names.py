@@ -6,7 +6,8 @@ neighbours, (2j, 2j + 1). So the rows of a head of w_q and w_k change places on 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ BLOCK = {
 }
 TABLE = OUTSIDE | HEADS | BLOCK
 TILE = 480, 256  # of a matrix that is turned: what a core's own cache holds, and rows that are no power of two apart
+PART = 2**23  # bytes of a parameter that a thread makes at a time
 NEIGHBOURS = ('meta', 'gguf')  # the formats whose RoPE rotates neighbours
 
 Key = tuple[str, int | None]  # our name, and the layer or None
@@ -114,10 +116,19 @@ def to_theirs(name: str, array: np.ndarray, config: ModelConfig, form: str) -> n
     >>> to_theirs('w_q_DHK', np.arange(8).reshape(2, 1, 4), config, 'meta').tolist()  # K = 4: rows 0, 2, 1, 3
     [[0, 4], [2, 6], [1, 5], [3, 7]]
     """
+    return stored_rows(name, their_matrix(name, array, config), config, form)
+
+
+def their_matrix(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """A view of one layer's parameter with their axes; `stored_rows` makes of it, or of some of its rows, what they store."""
     entry, ours = TABLE[name], parameter_letters(name)
-    array = array.transpose([ours.index(letter) for letter in entry.letters.strip('1')])
-    matrix = contiguous(array.reshape(their_shape(name, config)))
-    return _turned(matrix, (2, config.head_dim // 2)) if entry.rotated and form in NEIGHBOURS else matrix
+    return array.transpose([ours.index(letter) for letter in entry.letters.strip('1')]).reshape(their_shape(name, config))
+
+
+def stored_rows(name: str, rows: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
+    """Rows of `their_matrix`, of whole heads where RoPE rotates them, as they store them; C-contiguous."""
+    rotated = TABLE[name].rotated and form in NEIGHBOURS
+    return _turned(contiguous(rows), (2, config.head_dim // 2)) if rotated else contiguous(rows)
 
 
 def from_theirs(name: str, matrix: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
@@ -155,6 +166,17 @@ def contiguous(array: np.ndarray) -> np.ndarray:
         tile = source[i : i + rows, j : j + columns]
         out[i : i + rows, j : j + columns] = np.ascontiguousarray(tile.T).T
     return out.view(array.dtype).reshape(array.shape)
+
+
+def in_parts(array: np.ndarray, rows: int = 0) -> list[Callable[[], np.ndarray]]:
+    """Calls that give the bytes of an array in C order, so many rows each; by default of about PART bytes."""
+    rows = rows or max(PART * len(array) // max(array.nbytes, 1), 1)
+    return [partial(as_bytes, array[start : start + rows]) for start in range(0, len(array), rows)]
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array in C order."""
+    return contiguous(array).reshape(-1).view(np.uint8)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

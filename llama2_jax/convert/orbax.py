@@ -12,7 +12,7 @@ import tensorstore as ts
 from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError, from_dict
-from llama2_jax.convert.names import BLOCK, HEADS, contiguous, keys, shape
+from llama2_jax.convert.names import BLOCK, HEADS, in_parts, keys, shape
 from llama2_jax.convert.source import DTYPES, Source, Stream, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
 from llama2_jax.files import is_remote, locate, read_into, write
 from llama2_jax.model.llama import Trunk
@@ -165,10 +165,9 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
             'key_metadata': [{'key': part, 'key_type': 2} for part in parts],
             'value_metadata': {'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': [*stacked, *one]},
         }
-    for (name, layer), array in stream(lambda _, array: contiguous(array)):
-        for number, start in enumerate(range(0, len(array), pieces[name])):
-            piece = array[start : start + pieces[name]].reshape(-1).view(np.uint8)
-            write(params / _dotted(name) / _piece(layer, number, array.ndim), piece)
+    for (name, layer), made in stream(lambda name, array: in_parts(array, pieces[name])):
+        for number, piece in enumerate(made):
+            write(params / _dotted(name) / _piece(layer, number, len(shape(name, config))), piece)
     metadata = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': False, 'custom_metadata': None}
     write_json(params / '_METADATA', metadata | {'store_array_data_equal_to_fill_value': True})
     handler = 'orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler'

@@ -20,9 +20,9 @@ DTYPES = {
 }
 
 
-# Given how to turn a parameter into what a file holds, (name, array) -> anything: that of the parameters in the order of
-# `names.keys`, turned by other threads while the last one is being written.
-Stream = Callable[[Callable[[str, np.ndarray], Any]], Iterator[tuple[Key, Any]]]
+# Given what files hold of a parameter, (name, array) -> calls that each make a part of it: those parts of the parameters, in the
+# order of `names.keys`, made by other threads while the last ones are being written.
+Stream = Callable[[Callable[[str, np.ndarray], Iterable[Callable[[], Any]]]], Iterator[tuple[Key, Iterator[Any]]]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ import itertools
 import os
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -146,23 +146,28 @@ def _remove(path: Path) -> None:
 
 
 def _stream(
-    source: Source, dtype: np.dtype | str, progress: Progress, prepare: Callable[[str, np.ndarray], Any]
-) -> Iterator[tuple[Key, Any]]:
-    """The tensors in order, each read, cast and prepared by other threads while the last one is being written."""
+    source: Source, dtype: np.dtype | str, progress: Progress, prepare: Callable[[str, np.ndarray], Iterable[Callable[[], Any]]]
+) -> Iterator[tuple[Key, Iterator[Any]]]:
+    """The tensors in order, each read and cast and its parts made by other threads while the last ones are being written."""
 
-    def ready(key: Key) -> tuple[Key, int, Any]:
+    def load(key: Key) -> tuple[Key, int, deque[Future]]:
         array = source.read(*key)
-        return key, array.size * source.dtype.itemsize, prepare(key[0], _cast(source, key, array, dtype))
+        calls = prepare(key[0], _cast(source, key, array, dtype))
+        return key, array.size * source.dtype.itemsize, deque(executor.submit(call) for call in calls)
+
+    def results(parts: deque[Future]) -> Iterator[Any]:
+        while parts:
+            yield parts.popleft().result()
 
     executor, waiting = ThreadPoolExecutor(READERS), deque()
     todo = keys(source.config, source.head)
     try:
-        waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, READERS))
+        waiting.extend(executor.submit(load, key) for key in itertools.islice(todo, READERS))
         while waiting:
-            key, size, content = waiting.popleft().result()
-            waiting.extend(executor.submit(ready, key) for key in itertools.islice(todo, 1))
+            key, size, parts = waiting.popleft().result()
+            waiting.extend(executor.submit(load, key) for key in itertools.islice(todo, 1))
             progress(size)
-            yield key, content
+            yield key, results(parts)
     finally:
         executor.shutdown(cancel_futures=True)
 
