@@ -38,12 +38,12 @@ def write_data(home):
 
 def main(home, workdir):
     """Runs them."""
-    policy = str(home / 'policy')
-    rewards = RewardsConfig(helpfulness=str(home / 'help'), safety=str(home / 'safe'), batch_size=16)
+    policy, of_hugging_face = str(home / 'policy'), str(home / 'policy-hf')
+    rewards = RewardsConfig(helpfulness=str(home / 'help-hf'), safety=str(home / 'safe'), batch_size=16)
     prompts = PromptConfig(mixture=f'jsonl:{home}/prompts.jsonl', heldout=0.25, longest=40)
     loop = LoopConfig(log_every=1, eval_every=2, sample_every=2, checkpoint_every=2)
     tuned = SftConfig(
-        init_from=policy,
+        init_from=of_hugging_face,
         data=DialogConfig(mixture=f'jsonl:{home}/dialogs.jsonl', heldout=0.1),
         optimizer=RATE(peak_lr=1e-2),
         loop=loop,

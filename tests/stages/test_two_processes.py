@@ -8,6 +8,9 @@ import program
 import pytest
 from random_policy import make_home
 
+from llama2_jax.convert.load import open_model
+from llama2_jax.convert.transfer import convert
+
 pytestmark = pytest.mark.slow
 
 MACHINE = ('seconds', 'tokens_per', 'tflops', 'mfu', 'memory_gb')  # how names begin of what tells of it
@@ -24,6 +27,8 @@ def test_every_stage(tmp_path):
     for path in (home, one, two):
         path.mkdir()
     make_home(home, all_stages.write_data(home))
+    for name in ('policy', 'help'):  # every process reads the layers of such a model one by one
+        convert(open_model(home / name), home / f'{name}-hf', 'hf')
     program.finish(*(program.start([all_stages.__file__, home, two], 1, member) for member in program.members(2)), seconds=500)
     program.finish(program.start([all_stages.__file__, home, one], 2), seconds=500)
     for name in ('out.jsonl', 'rejection/choices.jsonl', 'collect/answers.jsonl', 'ppo/rollouts/000001.jsonl'):
