@@ -22,7 +22,7 @@ def tiny() -> GhostConfig:
 
     python experiments/ghost_attention.py --workdir=gatt
 
-    Of 80 unseen dialogs 98, 96, 95 and 90 % obey at turns 2, 4, 6 and 20; 69, 39, 33 and 20 % before.
+    Of 160 unseen dialogs 98, 98, 98 and 97 % obey at turns 2, 4, 6 and 20; 56, 27, 21 and 9 % before.
     """
     context = 1152  # twenty short turns
     return GhostConfig(
@@ -30,13 +30,13 @@ def tiny() -> GhostConfig:
         constraints='toy',
         grader='toy',
         samples=4,
-        count=320,
-        cuts=4,
+        count=1920,
+        cuts=2,
         most=2,
         max_new_tokens=48,
         batch_size=128,
         tune=True,
-        judged=80,
+        judged=160,
         sft=SftConfig(
             data=DialogConfig(mixture='toy:obedient:0.05', epochs=2),
             optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, warmup_share=0.03),

@@ -177,7 +177,7 @@ def write_cuts(config: GhostConfig, rows: Sequence[Mapping[str, Any]], path: Pat
     for row in rows:
         turns = len(row['messages']) // 2
         rng = random.Random(f'{config.seed} {row["id"]} cuts')
-        shorter = rng.sample(range(2, turns), min(config.cuts - 1, turns - 2))
+        shorter = rng.sample(range(1, turns), min(config.cuts - 1, turns - 1))
         lines += [json.dumps({**row, 'messages': cut(row['messages'], count)}, ensure_ascii=False) for count in (*shorter, turns)]
     if is_main_process():
         write_atomically(path, '\n'.join(lines) + '\n')

@@ -171,7 +171,7 @@ def test_cuts_of_the_same_dialogs(run):
     for row in whole:
         turns = len(row['messages']) // 2
         own = [other['messages'] for other in rows if other['id'] == row['id']]
-        assert len(own) == min(3, turns - 1) == len({len(messages) for messages in own})
+        assert len(own) == min(3, turns) == len({len(messages) for messages in own})
         for messages in own:
             assert [message['content'] for message in messages] == [m['content'] for m in row['messages']][: len(messages)]
             assert [message.get('weight', 1) for message in messages[2::2]] == [0] * (len(messages) // 2 - 1) + [1]
