@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 SCALE ?= tiny
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
-# See llama2_jax/huge_pages.py.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# See llama2_jax/memory.py.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=16000000000
 
 .PHONY: help demo test slow setup
 help:  ## this list

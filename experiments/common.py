@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-import llama2_jax.huge_pages  # noqa: F401 - before anything large is imported
+import llama2_jax.memory  # noqa: F401 - before anything large is imported
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
 
