@@ -1,8 +1,8 @@
 """Importing this starts a program of `experiments/` or `benchmarks/` anew, with memory that it keeps, in huge pages.
 
 XLA on a CPU asks for the memory of a step in each step, and conversion for that of a tensor for each tensor. By default glibc
-gives it back to the system in between, which clears it again, 4 kB at a time: a third of a training step's time, half of a
-conversion's. It does otherwise where the environment says so when a program begins, and only then.
+gives it back to the system in between, which clears it again, 4 kB at a time: a third of a training step's time, up to half of
+a conversion's. It does otherwise where the environment says so when a program begins, and only then.
 """
 
 import os
