@@ -13,10 +13,10 @@ from llama2_jax.config import ModelConfig, UserError, hidden_size, nearest
 from llama2_jax.convert.names import (
     Key,
     as_bytes,
+    as_stored,
     cut_axis,
     from_theirs,
     integers,
-    stored_rows,
     their_matrix,
     their_names,
     their_shape,
@@ -155,7 +155,7 @@ def _cut(config: ModelConfig, shards: int, name: str, array: np.ndarray) -> list
     matrix, axis = their_matrix(name, array, config), cut_axis(name)
 
     def content(cut: np.ndarray) -> tuple[np.ndarray, int]:
-        stored = as_bytes(stored_rows(name, cut, config, 'meta'))
+        stored = as_bytes(as_stored(name, cut, config, 'meta'))
         return stored, zlib.crc32(stored)
 
     return [partial(content, cut) for cut in ([matrix] * shards if axis is None else np.split(matrix, shards, axis))]

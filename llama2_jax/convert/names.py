@@ -116,19 +116,19 @@ def to_theirs(name: str, array: np.ndarray, config: ModelConfig, form: str) -> n
     >>> to_theirs('w_q_DHK', np.arange(8).reshape(2, 1, 4), config, 'meta').tolist()  # K = 4: rows 0, 2, 1, 3
     [[0, 4], [2, 6], [1, 5], [3, 7]]
     """
-    return stored_rows(name, their_matrix(name, array, config), config, form)
+    return as_stored(name, their_matrix(name, array, config), config, form)
 
 
 def their_matrix(name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """A view of one layer's parameter with their axes; `stored_rows` makes of it, or of some of its rows, what they store."""
+    """A view of one layer's parameter with their axes; `as_stored` makes of it, or of a shard's part, what they store."""
     entry, ours = TABLE[name], parameter_letters(name)
     return array.transpose([ours.index(letter) for letter in entry.letters.strip('1')]).reshape(their_shape(name, config))
 
 
-def stored_rows(name: str, rows: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
-    """Rows of `their_matrix`, of whole heads where RoPE rotates them, as they store them; C-contiguous."""
+def as_stored(name: str, matrix: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
+    """`their_matrix` or a part of it, with whole heads where RoPE rotates them, as they store it; C-contiguous."""
     rotated = TABLE[name].rotated and form in NEIGHBOURS
-    return _turned(contiguous(rows), (2, config.head_dim // 2)) if rotated else contiguous(rows)
+    return _turned(contiguous(matrix), (2, config.head_dim // 2)) if rotated else contiguous(matrix)
 
 
 def from_theirs(name: str, matrix: np.ndarray, config: ModelConfig, form: str) -> np.ndarray:
