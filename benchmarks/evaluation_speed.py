@@ -2,12 +2,14 @@
 
 python benchmarks/evaluation_speed.py --data_dir=benchmarks_data --layers=16
 
-The bound is the time of the products alone for every token that must be read once: examples once a subject, then each question's
-own tokens; and, beside it, of a plain forward pass over every prompt whole. Seconds are also given as processor time, which on a
-busy machine says more than the clock.
+The bound is the time of the matrix products alone, of activations with weights and of attention, for every token that must be
+read once: examples once a subject, then each question's own tokens; beside it that of the products with weights only, and that of
+a plain forward pass over every prompt whole. Seconds are also given as processor time, which on a busy machine says more than the
+clock.
 """
 
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +58,24 @@ def main(argv: list[str]) -> None:
     for subject in SUBJECTS:
         chosen = [example for example in examples if example.data['subject'] == subject][: QUESTIONS.value]
         questions += [[(encode(example.choices[0][0]), [letter]) for letter in (5, 6, 7, 8)] for example in chosen]
-    whole = sum(len(question[0][0]) for question in questions)
-    prefixes: set[tuple[int, ...]] = set()
-    for question in questions:
-        prefixes |= {tuple(question[0][0][:stop]) for stop in range(1, len(question[0][0]) + 1)}
-    needed = len(prefixes)
+    prompts = [question[0][0] for question in questions]
+    once = sorted({tuple(prompt[:stop]) for prompt in prompts for stop in range(1, len(prompt) + 1)}, key=len)
     engine = Engine(Llama(config, jax.random.key(0)), Words(), batch_size=8)
     matrices = config.layers * (4 * config.dim * config.heads * config.head_dim + 3 * config.dim * config.hidden)
+    attention = config.layers * 2 * config.heads * config.head_dim  # for each key that a token sees
+
+    def multiplications(lengths: Iterable[int], seen: int = attention) -> int:
+        """In a forward pass that reads one token after so many, itself included."""
+        return sum(matrices + seen * length for length in lengths)
+
+    bounds = {
+        'every token that differs': multiplications(map(len, once)),
+        'the same, weights alone': multiplications(map(len, once), 0),
+        'every prompt whole': multiplications(stop for prompt in prompts for stop in range(1, len(prompt) + 1)),
+    }
     x, w = jnp.ones((2048, config.dim)), jnp.ones((config.dim, config.hidden))
     product = jax.jit(lambda x, w: x @ w)
-    repeats = max(round(needed * matrices / x.size / config.hidden), 1)
+    repeats = 60
 
     def products() -> None:
         for _ in range(repeats):
@@ -75,12 +85,14 @@ def main(argv: list[str]) -> None:
         assert len(dict(engine.log_likelihoods(questions))) == len(questions)
 
     products(), score()  # compiled
-    bound, ours = (np.min([clocked(work) for _ in range(3)], axis=0) for work in (products, score))
-    bound = bound * needed * matrices / (repeats * x.size * config.hidden)
-    print(f'{config.parameters:,} parameters; {len(questions)} questions of {whole:,} tokens, {needed:,} of which differ')
-    for name, b, o in zip(('clock', 'processors'), bound, ours, strict=True):
-        print(f'{name}: products {b:.2f} s, questions {o:.2f} s: {b / o:.0%} of the bound')
-        print(f'  {b * whole / needed / o:.0%} of the bound of reading every prompt whole')
+    rounds = [(clocked(products), clocked(score)) for _ in range(3)]
+    rate, ours = (np.min(seconds, axis=0) for seconds in zip(*rounds, strict=True))
+    rate /= repeats * x.size * config.hidden
+    print(f'{config.parameters:,} parameters; {len(prompts)} questions of {sum(map(len, prompts)):,} tokens; {len(once):,} differ')
+    for name, seconds, taken in zip(('clock', 'processors'), rate, ours, strict=True):
+        print(f'{name}: {taken:.1f} s')
+        for what, count in bounds.items():
+            print(f'  {what}: products take {seconds * count:.1f} s, {seconds * count / taken:.0%} of it')
 
 
 if __name__ == '__main__':

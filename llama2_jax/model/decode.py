@@ -145,15 +145,9 @@ def empty_cache(config: ModelConfig, rows: int, places: int, dtype: str) -> Cach
 
 
 @partial(jax.jit, static_argnames='places')
-def lengthened(cache: Cache, places: int) -> Cache:
-    """The cache with room for so many places."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, places - x.shape[2]), (0, 0))), cache)
-
-
-@partial(jax.jit, static_argnames='places')
-def shortened(cache: Cache, places: int) -> Cache:
-    """The first places of the cache."""
-    return jax.tree.map(lambda x: x[:, :, :places], cache)
+def resized(cache: Cache, places: int) -> Cache:
+    """The cache with so many places: its first ones, or with room for more."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, max(places - x.shape[2], 0)), (0, 0)))[:, :, :places], cache)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from llama2_jax.config import UserError
 from llama2_jax.model import decode
 
-PIECES = (32, 128, 512)  # tokens of a prompt that one call reads; few sizes, for every one is a program
+PIECES = (32, 128, 384, 512)  # tokens of a prompt that one call reads; few sizes, for every one is a program
 READ_TOGETHER = 2048  # tokens of all rows in one call, at most, but for one piece a device
 FIRST_PLACES = 128  # of every row, to begin with
 WORTH_COPYING = 16  # tokens that a prompt has in common with what another row holds
@@ -35,7 +35,7 @@ class Slots:
         self._rows_a_shard = rows // shards(mesh)
         # The last pieces and chunks may reach beyond the context; a multiple of 128, as TPUs like it.
         self._most_places = -(-(weights.config.context + PIECES[1]) // 128) * 128
-        self._places = min(FIRST_PLACES, self._most_places)
+        self._places = self._enough(0)
         self.held = [np.zeros(0, np.int32)] * rows
         with jax.set_mesh(mesh):
             self._cache = decode.empty_cache(weights.config, rows, self._places, weights.table_VD.dtype.name)
@@ -86,9 +86,10 @@ class Slots:
         return tokens, logprobs, counts
 
     def hold(self, prompt: np.ndarray) -> None:
-        """Puts one prompt into every row."""
+        """Puts one prompt into every row, of a cache that is no longer than that needs."""
         if any(not np.array_equal(held, prompt) for held in self.held):
             self.place([prompt] * len(self.held), range(len(self.held)))
+        self._shorten(len(prompt))
 
     def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
         """`program(weights, cache, *arguments)`, which leaves the cache as it is."""
@@ -150,23 +151,26 @@ class Slots:
         return [line for line in moved if line[1] < len(line[2])]
 
     def _reserve(self, places: int) -> None:
-        """Makes the cache longer where it is too short: twice as long, so that there are few lengths."""
-        while self._places < places:
-            self._places = min(2 * self._places, self._most_places)
-        if self._places > self._cache[0][0].shape[2]:
-            with self._devices():
-                self._cache = decode.lengthened(self._cache, self._places)
+        """Makes the cache longer where it is too short."""
+        self._resize(max(self._places, self._enough(places)))
 
     def _shorten(self, places: int) -> None:
         """Cuts off what of the cache is beyond so many places: all of it is read for each token. Long rows have left it so."""
+        self._resize(min(self._places, self._enough(places)))
+
+    def _enough(self, places: int) -> int:
+        """The next length of a cache; each is twice the one before, so that there are few."""
         enough = FIRST_PLACES
         while enough < places:
             enough *= 2
-        if enough < self._places:
-            self._places = enough
-            self.held = [held[:enough] for held in self.held]
+        return min(enough, self._most_places)
+
+    def _resize(self, places: int) -> None:
+        if places != self._places:
+            self._places = places
+            self.held = [held[:places] for held in self.held]
             with self._devices():
-                self._cache = decode.shortened(self._cache, enough)
+                self._cache = decode.resized(self._cache, places)
 
     def _shard(self, slot: int) -> int:
         return slot // self._rows_a_shard

@@ -20,7 +20,7 @@ from llama2_jax.mesh import spec
 
 Implementation = Literal['reference', 'splash', 'cudnn']
 ATTENTION_OUTPUT = 'attention'  # the name under which a remat policy saves it
-CACHED_QUERIES = 128  # that look at a cache at a time, at least: more scores than theirs fit no CPU's cache
+CACHED_QUERIES = 256  # that look at a cache at a time, at least: more scores than theirs fit no CPU's cache
 
 
 def implementation_for(platform: str) -> Implementation:

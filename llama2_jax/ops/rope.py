@@ -13,7 +13,8 @@ def rope_table(positions: jax.Array, head_dim: int, theta: float = 10_000.0) -> 
     # In numpy: programs may round a power differently, and its last bit turns a late position by a thousandth.
     frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * np.expand_dims(frequencies, tuple(range(positions.ndim)))
-    return jnp.cos(angles), jnp.sin(angles)
+    # Without a barrier XLA computes them again for every head of every layer.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x_BLHK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
