@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     rounds = [(clocked(products), clocked(score)) for _ in range(3)]
     rate, ours = (np.min(seconds, axis=0) for seconds in zip(*rounds, strict=True))
     rate /= repeats * x.size * config.hidden
-    print(f'{config.parameters:,} parameters; {len(prompts)} questions of {sum(map(len, prompts)):,} tokens; {len(once):,} differ')
+    print(f'{config.parameters:,} parameters, {len(prompts)} questions: {sum(map(len, prompts)):,} tokens, {len(once):,} once')
     for name, seconds, taken in zip(('clock', 'processors'), rate, ours, strict=True):
         print(f'{name}: {taken:.1f} s')
         for what, count in bounds.items():
