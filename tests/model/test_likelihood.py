@@ -113,8 +113,11 @@ def test_a_question_in_pieces_and_alone(monkeypatch):
 
 
 def test_examples_are_read_once(monkeypatch):
-    """A hundred questions after two sets of examples: what lies in rows is what each question has to itself."""
-    rng, read = np.random.default_rng(0), []
+    """A hundred questions after two sets of examples: what lies in rows is what each question has to itself.
+
+    The cache is as short as the examples, since every question looks at all of it.
+    """
+    rng, read, engine = np.random.default_rng(0), [], engine_of()
     examples = [[1, *letters(rng, 150, 150)] for _ in range(2)]
     own = [letters(rng, 40) for _ in range(100)]
     original = likelihood._lay_out
@@ -125,9 +128,8 @@ def test_examples_are_read_once(monkeypatch):
         return packed, targets
 
     monkeypatch.setattr(likelihood, '_lay_out', counted)
-    sums(
-        engine_of(), [[(examples[index % 2] + tokens, [letter]) for letter in (7, 8, 9, 10)] for index, tokens in enumerate(own)]
-    )
+    sums(engine, [[(examples[index % 2] + tokens, [letter]) for letter in (7, 8, 9, 10)] for index, tokens in enumerate(own)])
+    assert engine._slots._cache[0][0].shape[2] == 256
     assert sum(map(len, own)) - 100 <= sum(read) <= sum(map(len, own))
 
 
