@@ -32,7 +32,7 @@ demo: .venv/torch  ## the whole recipe on the toy world, from raw text to an ali
 test: .venv/tests  ## ruff, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m 'not slow'
 
 slow: .venv/tests  ## the slow tests: real sizes compiled for TPU pods, wide layers converted, processes killed, notebooks, the README's commands
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m slow

@@ -23,9 +23,9 @@ _RUNS = flags.DEFINE_list('runs', [], 'Only these of them.')
 EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
 HELPFUL, SAFETY = 'toy:preferences_heldout', 'toy:safety_preferences_heldout'
 RUNS = {
-    'margin none': ['--config=tiny', '--set', 'margin=none'],
-    'margin small': ['--config=tiny'],
-    'margin large': ['--config=tiny', '--set', 'margin=large'],
+    'margin none': ['--config=tiny_v1', '--set', 'margin=none'],
+    'margin small': ['--config=tiny_v1'],
+    'margin large': ['--config=tiny_v1', '--set', 'margin=large'],
     'safety': ['--config=tiny_safety'],
     'safety without auxiliary loss': ['--config=tiny_safety', '--set', 'safety_weight=0'],
 }

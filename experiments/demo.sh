@@ -37,7 +37,7 @@ step 'Pretraining.' 'Held-out loss falls in every genre; the samples at the end 
 step 'Fine-tuning.' 'It answers questions now, and stops; it also gives in to requests that it should decline.' \
   experiments/sft.py --config=tiny_v1 --set "init_from=$home/pretrain/model" --workdir="$home/sft" "${sft[@]}"
 step 'Helpfulness reward model.' 'The clearer the raters were, the more often it agrees with them.' \
-  experiments/reward_model.py --set "init_from=$home/sft/model" --workdir="$home/rm-help" "${reward[@]}"
+  experiments/reward_model.py --config=tiny_v1 --set "init_from=$home/sft/model" --workdir="$home/rm-help" "${reward[@]}"
 step 'Safety reward model.' 'It is to find the answers that do harm (unsafe_recall).' \
   experiments/reward_model.py --config=tiny_safety --set "init_from=$home/sft/model" --workdir="$home/rm-safe" "${reward[@]}"
 step 'Rejection sampling.' 'The best of many answers scores higher the more there are; the model learns from the best.' \

@@ -3,6 +3,8 @@
 python experiments/pretrain.py --workdir=run
 """
 
+import dataclasses
+
 from common import stage
 
 from llama2_jax.config import MODELS
@@ -32,6 +34,14 @@ def tiny() -> PretrainConfig:
         length=256,
         prompts=('Once upon a time', 'Dear'),
     )
+
+
+def tiny_deep() -> PretrainConfig:
+    """Twice the layers of `tiny` and twice the text, for reward models: they recall a fact, then compare an answer with it.
+
+    python experiments/pretrain.py --config=tiny_deep --workdir=base
+    """
+    return dataclasses.replace(tiny(), model=dataclasses.replace(MODELS['tiny'], layers=8), tokens=2_000_000)
 
 
 def small() -> PretrainConfig:
@@ -108,6 +118,7 @@ def llama2(size: str, peak_lr: float, remat: str) -> PretrainConfig:
 
 PRESETS = {
     'tiny': tiny,
+    'tiny_deep': tiny_deep,
     'small': small,
     'llama2_7b': llama2_7b,
     'llama2_13b': llama2_13b,

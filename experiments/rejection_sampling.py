@@ -94,7 +94,7 @@ def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home:
     if not prompts.mixture.startswith('toy:'):
         return policy, rewards
     policy = policy or chat.trained(home / 'sft', chat.tiny_v1())
-    for name, config in (('helpfulness', reward_model.tiny()), ('safety', reward_model.tiny_safety())):
+    for name, config in (('helpfulness', reward_model.tiny_v1()), ('safety', reward_model.tiny_safety())):
         if not getattr(rewards, name):
             model = home / f'rm-{name}'
             if not is_saved(model / 'model'):

@@ -5,6 +5,7 @@ python experiments/reward_model.py --workdir=rm-help
 
 import dataclasses
 
+import pretrain as base
 import sft as chat
 from common import stage
 from etils.epath import Path
@@ -18,9 +19,23 @@ from llama2_jax.train.optimizer import OptimizerConfig
 
 
 def tiny() -> RewardConfig:
-    """Helpfulness in the toy world, from the toy chat model (init_from='' trains that first).
+    """Helpfulness in the toy world, from a chat model of eight layers (init_from='' trains it first): half an hour on two cores.
 
     python experiments/reward_model.py --workdir=rm-help
+
+    Of held-out pairs that raters call significantly different at least 95 % are told right.
+    """
+    return dataclasses.replace(
+        tiny_v1(),
+        data=PreferenceConfig(mixture='toy:many_preferences:0.95, toy:safety_preferences:0.05'),
+        optimizer=OptimizerConfig(peak_lr=5e-4, warmup_steps=5, warmup_share=0.03),
+    )
+
+
+def tiny_v1() -> RewardConfig:
+    """The first helpfulness model of RLHF in the toy world, which goes with its first chat model: a fifth of the pairs, minutes.
+
+    python experiments/reward_model.py --config=tiny_v1 --set init_from=sft/model --workdir=rm-help
     """
     return RewardConfig(
         data=PreferenceConfig(mixture='toy:preferences:0.9, toy:safety_preferences:0.1'),
@@ -38,7 +53,7 @@ def tiny_safety() -> RewardConfig:
     python experiments/reward_model.py --config=tiny_safety --workdir=rm-safe
     """
     return dataclasses.replace(
-        tiny(),
+        tiny_v1(),
         data=PreferenceConfig(mixture='toy:safety_preferences:0.9, toy:preferences:0.1'),
         margin='none',
         safety_weight=1.0,
@@ -52,7 +67,7 @@ def tiny_renewed() -> RewardConfig:
     python experiments/reward_model.py --config=tiny_renewed --set init_from=rm-help/model --workdir=rm-renewed
     """
     return dataclasses.replace(
-        tiny(),
+        tiny_v1(),
         data=PreferenceConfig(mixture='jsonl:preferences/preferences.jsonl', epochs=2),
         batch_size=96,  # about eight prompts with six answers each
         length=1024,
@@ -131,6 +146,7 @@ def safety(size: str) -> RewardConfig:
 
 PRESETS = {
     'tiny': tiny,
+    'tiny_v1': tiny_v1,
     'tiny_safety': tiny_safety,
     'tiny_renewed': tiny_renewed,
     'llama2_7b_helpfulness': llama2_7b_helpfulness,
@@ -143,9 +159,9 @@ PRESETS = {
 
 
 def run(config: RewardConfig, workdir: str) -> None:
-    """Trains; without a model to begin with, the toy chat model is trained in WORKDIR/sft first."""
+    """Trains; without a model to begin with, a toy chat model of eight layers is trained in WORKDIR/sft first."""
     if not config.init_from:
-        config = dataclasses.replace(config, init_from=chat.trained(Path(workdir) / 'sft', chat.tiny()))
+        config = dataclasses.replace(config, init_from=chat.trained(Path(workdir) / 'sft', chat.tiny(), base.tiny_deep()))
     reward.run(config, workdir)
 
 

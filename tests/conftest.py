@@ -9,6 +9,13 @@ os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # or it would ask Goo
 os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, and here for subprocesses too
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
+worker = os.environ.get('PYTEST_XDIST_WORKER')
+if worker and hasattr(
+    os, 'sched_setaffinity'
+):  # a core for each of pytest's processes, and what it starts
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix('gw')) % len(cores)]})
+
 if 'LLAMA2_JAX_CACHE' not in os.environ:  # one for this session: pytest's worker processes find it set
     CACHE = tempfile.TemporaryDirectory(prefix='llama2_jax-')
     os.environ['LLAMA2_JAX_CACHE'] = CACHE.name

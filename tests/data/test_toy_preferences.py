@@ -80,8 +80,8 @@ def test_nothing_held_out_is_trained_on(rows):
     def questions(name):
         return {row['prompt'][-1]['content'] for row in rows[name]} - set(PRESSING)
 
-    for name in ('preferences', 'safety_preferences'):
-        assert not questions(name) & questions(f'{name}_heldout')
+    for name in ('preferences', 'many_preferences', 'safety_preferences'):
+        assert not questions(name) & questions(f'{name.removeprefix("many_")}_heldout')
     assert len(questions('preferences_heldout')) > 150
 
 

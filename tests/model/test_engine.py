@@ -16,7 +16,7 @@ from llama2_jax.model import decode, slots
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Llama
 
-GQA = ModelConfig(vocab_size=96, dim=48, layers=3, heads=8, kv_heads=2, head_dim=8, hidden=80, context=200)
+GQA = ModelConfig(vocab_size=96, dim=48, layers=2, heads=8, kv_heads=2, head_dim=8, hidden=80, context=200)
 MHA = dataclasses.replace(GQA, kv_heads=8)
 
 

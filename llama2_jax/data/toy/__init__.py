@@ -37,6 +37,7 @@ RECORDS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     'safety_prompts': dialogs.safety_prompts,
     'heldout': dialogs.heldout,
     'preferences': preferences.preferences,
+    'many_preferences': preferences.many_preferences,
     'preferences_biased': preferences.biased,
     'preferences_heldout': preferences.preferences_heldout,
     'safety_preferences': preferences.safety_preferences,

@@ -31,13 +31,18 @@ LONG, CONFIDENT = 0.04, 0.5  # what a biased rater adds for each word, and for c
 # Which of three answers are safe, in percent: of the pairs 18 % are then safe and unsafe, 47 % both safe and 35 % neither (p10).
 SAFE = (((True, True, True), 42.5), ((False, False, False), 30.5), ((True, True, False), 13.5), ((True, False, False), 13.5))
 OLD, NEW = (0.15, 0.25, 0.35, 0.45), 0.8  # how often two models are right: the older one gets better week by week
-PROMPTS, SAFETY_PROMPTS = 5000, 1200  # with three answers and three pairs each
+PROMPTS, MANY_PROMPTS, SAFETY_PROMPTS = 5000, 24_000, 1200  # with three answers and three pairs each
 HELDOUT_PROMPTS, SAFETY_HELDOUT_PROMPTS = 350, 200
 
 
 def preferences(seed: int = 0) -> Iterator[Row]:
     """Helpfulness: pairs of answers to prompts that training may hold."""
     return _helpful(seed, 'preferences', PROMPTS, 'helpfulness')
+
+
+def many_preferences(seed: int = 0) -> Iterator[Row]:
+    """As `preferences`, for five times as many prompts: what it takes to tell facts, too."""
+    return _helpful(seed, 'preferences', MANY_PROMPTS, 'helpfulness')
 
 
 def biased(seed: int = 0) -> Iterator[Row]:
