@@ -10,9 +10,7 @@ os.environ['JAX_CPU_ENABLE_ASYNC_DISPATCH'] = 'false'  # as runtime.start does, 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
 worker = os.environ.get('PYTEST_XDIST_WORKER')
-if worker and hasattr(
-    os, 'sched_setaffinity'
-):  # a core for each of pytest's processes, and what it starts
+if worker and hasattr(os, 'sched_setaffinity'):  # a core for each of pytest's processes, and what it starts
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix('gw')) % len(cores)]})
 

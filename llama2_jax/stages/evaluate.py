@@ -1,6 +1,5 @@
 """A model in, the paper's tables out: tasks one after the other, each resumable, and a table beside the paper's row."""
 
-import contextlib
 import dataclasses
 import json
 import time
@@ -21,10 +20,11 @@ from llama2_jax.evals.measure import by_group, means
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
-from llama2_jax.files import Lines, locate, write_atomically
+from llama2_jax.files import locate, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
+from llama2_jax.stages.rows import growing
 
 CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
 
@@ -182,15 +182,14 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
     tokens = 0
     bar = tqdm(total=len(examples), initial=len(found), desc=task.name, dynamic_ncols=True, disable=not is_main_process())
     new = not path.exists()
-    with bar, Lines(path) if is_main_process() else contextlib.nullcontext() as file:
-        if file and new:
-            file.write(json.dumps(settings) + '\n')
+    with bar, growing(path) as add:
+        if new:
+            add(settings)
         for output in asker.ask(task, todo):
             line = {'index': output.index, 'prompt_hash': output.prompt_hash, 'outputs': output.outputs}
             found[output.index] = line
             tokens += output.tokens
-            if file:
-                file.write(json.dumps(line, ensure_ascii=False) + '\n')
+            add(line)
             bar.update()
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s', refresh=False)
     return [found[index] for index in range(len(examples))], tokens

@@ -19,17 +19,17 @@ from tqdm import tqdm
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of
 from llama2_jax.data.sources import read_records
-from llama2_jax.files import Lines, write_atomically
+from llama2_jax.files import write_atomically
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages.rows import growing
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
-from llama2_jax.train.workdir import no_space_is_said
 
 SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids', 'answer'}
 PROMPTS = ('prompt', 'messages', 'token_ids')
@@ -144,13 +144,11 @@ def run(
     results = engine.generate(request for request, skip in zip(requests[done:], blocked[done:], strict=True) if not skip)
     tokens = 0
     bar = tqdm(total=len(rows), initial=done, unit='prompt', dynamic_ncols=True, disable=not is_main_process())
-    with bar, no_space_is_said(path), Lines(path) if is_main_process() else contextlib.nullcontext() as file:
+    with bar, growing(path) as add:
         for index in range(done, len(rows)):
             refused = [Sample(SPECIAL_TAGS_ERROR, [], [], 'stop')] * requests[index].num_samples
             samples = refused if blocked[index] else next(results)
-            line = {'id': _name(index, rows[index][0]), 'samples': [_record(sample, logprobs) for sample in samples]}
-            if file:
-                file.write(json.dumps(line, ensure_ascii=False) + '\n')
+            add({'id': _name(index, rows[index][0]), 'samples': [_record(sample, logprobs) for sample in samples]})
             tokens += sum(len(sample.token_ids) for sample in samples)
             bar.update()
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s')

@@ -1,8 +1,9 @@
 """Files of rows that grow as a run goes on, one JSON object a line, and outlive its interruption."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils.epath import Path
@@ -35,8 +36,21 @@ def resume_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Callable[..., None]]:
+    """A function that adds the rows that it is given to the end of the file; every process may call it, the main one writes.
+
+    Raises:
+      UserError: no space is left.
+    """
+    if not is_main_process():
+        yield lambda *rows: None
+        return
+    with no_space_is_said(path), Lines(path) as file:
+        yield lambda *rows: file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+
+
 def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds rows to the end of the file, from the main process."""
-    if is_main_process():
-        with no_space_is_said(path), Lines(path) as file:
-            file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    with growing(path) as add:
+        add(*rows)

@@ -1,6 +1,5 @@
 """What reward models are worth on comparisons, and scores of a file of dialogs."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 
@@ -11,11 +10,11 @@ from llama2_jax.config import UserError
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals import preference
-from llama2_jax.files import Lines, locate, write_atomically
+from llama2_jax.files import locate, write_atomically
 from llama2_jax.runtime import is_main_process, say
 from llama2_jax.stages.generate import as_source, fingerprint, open_scorer, resume
+from llama2_jax.stages.rows import growing
 from llama2_jax.text.dialog import encode_dialog
-from llama2_jax.train.workdir import no_space_is_said
 
 CHUNK = 16  # batches that are scored, then written
 
@@ -67,13 +66,11 @@ def score_file(model: str, dialogs: str, output: str, batch_size: int) -> None:
     if done:
         say(f'{output}: {done} of {len(rows)} are there already.')
     bar = tqdm(total=len(rows), initial=done, unit='answer', dynamic_ncols=True, disable=not is_main_process())
-    with bar, no_space_is_said(path), Lines(path) if is_main_process() else contextlib.nullcontext() as file:
+    with bar, growing(path) as add:
         for start in range(done, len(rows), CHUNK * batch_size):
             scores = scorer.score(rows[start : start + CHUNK * batch_size])
             for name, score, probability in zip(
                 names[start:], scores.tolist(), preference.sigmoid(scores).tolist(), strict=False
             ):
-                line = {'id': name, 'score': score, 'probability': probability}
-                if file:
-                    file.write(json.dumps(line, ensure_ascii=False) + '\n')
+                add({'id': name, 'score': score, 'probability': probability})
             bar.update(len(scores))
