@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -223,9 +222,7 @@ def test_ppo_of_the_largest_model_fits():
     ],
 )
 def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
-    start = time.monotonic()
     report = pretrain.dry_run(config(MODELS[model], chips, 4096, remat=remat), topology)
-    assert time.monotonic() - start < 240
     assert report.arguments > 12 * MODELS[model].parameters / chips
     assert 0.3 < report.mfu < 0.7
 

@@ -1,11 +1,14 @@
 """Files of prompts, conversations, and mistakes in both."""
 
+import errno
 import json
+import os
 
 import jax
 import pytest
 
 from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.files import Lines
 from llama2_jax.mesh import decoding_mesh
 from llama2_jax.model.engine import Engine
 from llama2_jax.model.llama import Llama
@@ -87,6 +90,16 @@ def test_an_interrupted_run_goes_on(engine, tmp_path):
     cut.write_text('{"id": 7}\n')
     with pytest.raises(UserError, match=r'cut\.jsonl is damaged: its lines are not results of the prompts'):
         generate.run(engine, write(tmp_path / 'in.jsonl', ROWS), cut, SETTINGS, {'model': 'm'})
+
+
+def test_a_full_disk_is_said(engine, tmp_path, monkeypatch):
+    def no_space(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    prompts = write(tmp_path / 'prompts.jsonl', [{'prompt': 'a hare'}])
+    monkeypatch.setattr(Lines, 'write', no_space)
+    with pytest.raises(UserError, match='^No space left while writing to .*out.jsonl'):
+        generate.run(engine, prompts, str(tmp_path / 'out.jsonl'), SETTINGS, {})
 
 
 @pytest.mark.parametrize(
