@@ -24,7 +24,7 @@ from llama2_jax.ops.linear import linear
 LENGTH = 512  # tokens in a packed row; twice as long where one question needs it
 STEP = 128  # rows may be shorter by a multiple of it, where the last questions of a test need less
 ROWS = 4  # on a device, at most: so many tokens keep its matrix units busy
-TARGETS = 32, 128  # log-probabilities of a row that one call gives: few where letters are asked for
+SIZES = 32, 128  # of what one call asks of a row: log-probabilities, and places that they follow, which letters share
 PADDING = -1
 
 Choice = tuple[Sequence[int], Sequence[int]]  # the ids of a context, BOS included, and of a continuation of it
@@ -69,30 +69,41 @@ def _visible(question_RL, branch_RL):
     return same & above & causal_LL[None]
 
 
-def pick(weights: decode.Weights, cache: decode.Cache, x_BLD: jax.Array, place_BL: jax.Array, target_BL: jax.Array) -> jax.Array:
-    """Log-probabilities, float32 [B, T], of the token `target` [B, T] after the place `place` [B, T] of a row."""
+def pick(
+    weights: decode.Weights, cache: decode.Cache, x_BLD: jax.Array, place_BL: jax.Array, after_BT: jax.Array, token_BT: jax.Array
+) -> jax.Array:
+    """Log-probabilities, float32 [B, T], of tokens [B, T] after some places of their rows.
+
+    Args:
+      weights, cache: of the model; the cache is not looked at.
+      x_BLD: hidden states of all places.
+      place_BL: int32, the places that are asked about.
+      after_BT: int32, after which of those each token comes.
+      token_BT: int32.
+    """
     letters = [spec(letters) for letters in ('BLD', 'BL')]
     gather = jax.shard_map(_gather, in_specs=tuple(letters), out_specs=letters[0], check_vma=False)
     chosen_BLD = gather(x_BLD, reshard(place_BL, 'BL'))
     logits_BLV = linear('BLD,DV->BLV', chosen_BLD, weights.head_DV).astype(jnp.float32)
-    in_specs = (spec('BLV'), spec('BL'))
+    in_specs = (spec('BLV'), spec('BL'), spec('BL'))
     logprobs = partial(_logprobs, axes=spec('V')[0])
     sharded = jax.shard_map(logprobs, in_specs=in_specs, out_specs=spec('BL'), check_vma=False)
-    return replicate(sharded(logits_BLV, reshard(target_BL, 'BL')))
+    return replicate(sharded(logits_BLV, reshard(after_BT, 'BL'), reshard(token_BT, 'BL')))
 
 
 def _gather(x_BLD, place_BL):
     return jnp.take_along_axis(x_BLD, place_BL[:, :, None], axis=1)
 
 
-def _logprobs(logits_BLV, target_BL, axes):
+def _logprobs(logits_BLV, after_BT, token_BT, axes):
     """Of a vocabulary that the mesh axes cut."""
-    V = logits_BLV.shape[2]
-    own_BL = target_BL - jax.lax.axis_index(axes) * V
-    logit_BL = jnp.take_along_axis(logits_BLV, jnp.clip(own_BL, 0, V - 1)[:, :, None], axis=2)[:, :, 0]
-    logit_BL = jax.lax.psum(jnp.where((own_BL >= 0) & (own_BL < V), logit_BL, 0), axes)
+    B, _, V = logits_BLV.shape
+    own_BT = token_BT - jax.lax.axis_index(axes) * V
+    logit_BT = logits_BLV[jnp.arange(B)[:, None], after_BT, jnp.clip(own_BT, 0, V - 1)]
+    logit_BT = jax.lax.psum(jnp.where((own_BT >= 0) & (own_BT < V), logit_BT, 0), axes)
     top_BL = jax.lax.pmax(logits_BLV.max(axis=2), axes)
-    return logit_BL - top_BL - jnp.log(jax.lax.psum(jnp.exp(logits_BLV - top_BL[:, :, None]).sum(axis=2), axes))
+    total_BL = top_BL + jnp.log(jax.lax.psum(jnp.exp(logits_BLV - top_BL[:, :, None]).sum(axis=2), axes))
+    return logit_BT - jnp.take_along_axis(total_BL, after_BT, axis=1)
 
 
 @cache
@@ -138,8 +149,8 @@ def log_likelihoods(slots: Slots, device: jax.Device, questions: Iterable[Sequen
         packed, targets = _lay_out(batch, len(held), len(slots.held))
         x_BLD = slots.run(read, packed, np.full(len(slots.held), len(held), np.int32))
         sums = [[0.0] * len(tree.sequences) for tree in batch]
-        for places, tokens, owners in _rounds(targets):
-            logprobs = np.asarray(slots.run(choose, x_BLD, places, tokens))
+        for asked, owners in _rounds(targets):
+            logprobs = np.asarray(slots.run(choose, x_BLD, *asked))
             for row, column, tree, choice in owners:
                 sums[tree][choice] += float(logprobs[row, column])
         yield from zip([tree.index for tree in batch], sums, strict=True)
@@ -191,14 +202,21 @@ def _lay_out(batch, held, rows):
 
 
 def _rounds(targets):
-    """What one call after the other is asked: places [B, T], tokens [B, T], and (row, column, number, choice) of each answer."""
+    """What one call after the other is asked, as `pick` takes it, and (row, column, number, choice) of each answer."""
     longest = max(map(len, targets))
-    size = next((size for size in TARGETS if size >= longest), TARGETS[-1])
-    for first in range(0, longest, size):
-        places, tokens = (np.zeros((len(targets), size), np.int32) for _ in range(2))
+    for first in range(0, longest, _size(longest)):
+        lines = [asked[first : first + _size(longest)] for asked in targets]
+        found = [sorted({place for place, *_ in line}) for line in lines]
+        places = np.zeros((len(lines), _size(max(map(len, found)))), np.int32)
+        after, tokens = (np.zeros((len(lines), _size(longest)), np.int32) for _ in range(2))
         owners = []
-        for row, asked in enumerate(targets):
-            for column, (place, token, *owner) in enumerate(asked[first : first + size]):
-                places[row, column], tokens[row, column] = place, token
+        for row, line in enumerate(lines):
+            places[row, : len(found[row])] = found[row]
+            for column, (place, token, *owner) in enumerate(line):
+                after[row, column], tokens[row, column] = found[row].index(place), token
                 owners.append((row, column, *owner))
-        yield places, tokens, owners
+        yield (places, after, tokens), owners
+
+
+def _size(count):
+    return next((size for size in SIZES if size >= count), SIZES[-1])

@@ -107,7 +107,7 @@ def test_a_question_in_pieces_and_alone(monkeypatch):
     questions = endings(12) + few_shot(1)
     whole = sums(engine_of(), questions)
     monkeypatch.setattr(likelihood, 'LENGTH', 32)
-    monkeypatch.setattr(likelihood, 'TARGETS', (2, 4))
+    monkeypatch.setattr(likelihood, 'SIZES', (2, 4))
     assert difference(sums(engine_of(batch_size=2), questions), whole) < 1e-5
     assert difference([sums(engine_of(), [question])[0] for question in questions[:2]], whole[:2]) < 1e-5
 
