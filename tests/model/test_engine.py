@@ -89,7 +89,7 @@ def test_a_request_does_not_depend_on_its_neighbours():
 def test_log_probabilities_are_those_of_training(devices, temperature):
     """Over 1,000 sampled tokens, at the temperature and before top-p: within 1e-5 of the forward pass that is trained."""
     requests = [
-        Request(prompt, 60, temperature=temperature, top_p=0.9, top_k=40, seed=seed) for seed, prompt in enumerate(ragged(24))
+        Request(prompt, 60, temperature=temperature, top_p=0.9, top_k=40, seed=seed) for seed, prompt in enumerate(ragged(26))
     ]
     scores = jax.jit(lambda model, ids: jax.nn.log_softmax(model.logits(model(ids)) / temperature))
     count, worst = 0, 0.0
