@@ -6,11 +6,14 @@ python experiments/pretrain.py --workdir=run
 import dataclasses
 
 from common import stage
+from etils.epath import Path
 
 from llama2_jax.config import MODELS
+from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.data.toy import GENRES
 from llama2_jax.model.llama import Compute
+from llama2_jax.runtime import say
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
 from llama2_jax.train.loop import LoopConfig
@@ -125,6 +128,15 @@ PRESETS = {
     'llama2_34b': llama2_34b,
     'llama2_70b': llama2_70b,
 }
+
+
+def trained(place: Path, config: PretrainConfig) -> str:
+    """The model of a workdir, which is pretrained there if it has none yet: for stages that are given no model."""
+    if not is_saved(place / 'model'):
+        say(f'No model is given: a base model is pretrained in {place} first.')
+        pretrain.run(config, str(place))
+    return str(place / 'model')
+
 
 if __name__ == '__main__':
     stage(PRESETS, pretrain.run, pretrain.dry_run)

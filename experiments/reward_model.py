@@ -161,7 +161,9 @@ PRESETS = {
 def run(config: RewardConfig, workdir: str) -> None:
     """Trains; without a model to begin with, a toy chat model of eight layers is trained in WORKDIR/sft first."""
     if not config.init_from:
-        config = dataclasses.replace(config, init_from=chat.trained(Path(workdir) / 'sft', chat.tiny(), base.tiny_deep()))
+        home = Path(workdir) / 'sft'
+        tuned = dataclasses.replace(chat.tiny(), init_from=base.trained(home / 'base', base.tiny_deep()))
+        config = dataclasses.replace(config, init_from=chat.trained(home, tuned))
     reward.run(config, workdir)
 
 

@@ -14,8 +14,7 @@ from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.lora import LoraConfig
 from llama2_jax.runtime import say
-from llama2_jax.stages import pretrain, sft
-from llama2_jax.stages.pretrain import PretrainConfig
+from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
@@ -150,14 +149,10 @@ PRESETS = {
 }
 
 
-def run(config: SftConfig, workdir: str, pretraining: PretrainConfig | None = None) -> None:
-    """Fine-tunes; without a model to begin with, a toy base model (`pretrain.tiny`) is trained in WORKDIR/base first."""
+def run(config: SftConfig, workdir: str) -> None:
+    """Fine-tunes; without a model to begin with, the toy base model is trained in WORKDIR/base first."""
     if not config.init_from:
-        home = Path(workdir) / 'base'
-        config = dataclasses.replace(config, init_from=str(home / 'model'))
-        if not is_saved(home / 'model'):
-            say(f'No init_from is given: the toy base model is trained in {home} first.')
-            pretrain.run(pretraining or base.tiny(), str(home))
+        config = dataclasses.replace(config, init_from=base.trained(Path(workdir) / 'base', base.tiny()))
     sft.run(config, workdir)
 
 
@@ -167,11 +162,11 @@ def toy_model(home: Path, name: str, preset: SftConfig) -> str:
     return trained(home / name, dataclasses.replace(preset, init_from=chat))
 
 
-def trained(place: Path, config: SftConfig, pretraining: PretrainConfig | None = None) -> str:
+def trained(place: Path, config: SftConfig) -> str:
     """The model of a workdir, which is trained there if it has none yet: for stages that are given no model."""
     if not is_saved(place / 'model'):
         say(f'No model is given: one is made in {place} first.')
-        run(config, str(place), pretraining)
+        run(config, str(place))
     return str(place / 'model')
 
 

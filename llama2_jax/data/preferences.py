@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
+from tqdm import tqdm
 
 from llama2_jax.config import UserError
 from llama2_jax.data.comparisons import DROPS, RATINGS, Comparison, read_comparisons
@@ -140,7 +141,8 @@ class PreferenceData:
         self._length, self._batch_size = length, batch_size
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
-        self.sources = [_read(c.source, tokenizer, min(length // 2, context), config.heldout) for c in components]
+        room = min(length // 2, context)
+        self.sources = [_read(c.source, tokenizer, room, config.heldout, quiet=process_index > 0) for c in components]
         self._run = self._plan(components, Fraction(str(config.epochs)), seed)
         run = (self.sources[source].records[number] for source, number in self._run)
         self._batches = [self._pack(batch) for batch in self._fill(run)]
@@ -253,14 +255,15 @@ class PreferenceData:
         }  # fmt: skip
 
 
-def _read(source: str, tokenizer, room: int, share: float) -> PreferenceSource:
-    """The pairs of a source; an answer has `room` tokens with its prompt.
+def _read(source: str, tokenizer, room: int, share: float, quiet: bool) -> PreferenceSource:
+    """The pairs of a source, with a progress bar unless `quiet`; an answer has `room` tokens with its prompt.
 
     Raises:
       UserError: naming file and row.
     """
     found, before = PreferenceSource(source), None
-    for where, (comparisons, dropped) in read_comparisons(source):
+    rows = tqdm(read_comparisons(source), desc=f'reading {source}', unit=' rows', leave=False, dynamic_ncols=True, disable=quiet)
+    for where, (comparisons, dropped) in rows:
         found.dropped.update(dropped)
         record = []
         for comparison in comparisons:
