@@ -86,6 +86,7 @@ class Progress(NamedTuple):
     count_B: jax.Array
     tokens_BL: jax.Array
     logprobs_BL: jax.Array
+    uniform_BL: jax.Array  # random numbers for all columns, made at once
     recent: Cache  # the columns' keys and values, which are not in the cache yet
 
 
@@ -268,6 +269,7 @@ def beginning(cache: Cache, rows: Rows) -> Progress:
         count_B=jnp.zeros(drawn_BL[:1], jnp.int32, out_sharding=spec('B')),
         tokens_BL=jnp.zeros(drawn_BL, jnp.int32, out_sharding=spec('BL')),
         logprobs_BL=jnp.zeros(drawn_BL, jnp.float32, out_sharding=spec('BL')),
+        uniform_BL=reshard(_uniform(rows), 'BL'),
         recent=recent,
     )
 
@@ -289,7 +291,8 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
         x_BLD = block(x_BLD, rope, attend)
     x_BLD = rms_norm(x_BLD, weights.norm_D, weights.config.norm_eps)
     logits_BV = linear('BLD,DV->BLV', x_BLD, weights.head_DV)[:, 0].astype(jnp.float32)
-    token_B, logprob_B = _sample(logits_BV, _uniform(rows, column), rows.temperature_B, rows.top_p_B, rows.top_k_B)
+    uniform_B = jax.lax.dynamic_index_in_dim(progress.uniform_BL, column, axis=1, keepdims=False)
+    token_B, logprob_B = _sample(logits_BV, uniform_B, rows.temperature_B, rows.top_p_B, rows.top_k_B)
     ended_B = jnp.any(token_B[:, None] == reshard(rows.stop_BL, 'BL'), axis=1)
     ended_B |= reshard(rows.drawn_B + column + 1 >= rows.limit_B, 'B')
     return Progress(
@@ -299,6 +302,7 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
         count_B=progress.count_B + ~progress.done_B,
         tokens_BL=jax.lax.dynamic_update_slice_in_dim(progress.tokens_BL, token_B[:, None], column, axis=1),
         logprobs_BL=jax.lax.dynamic_update_slice_in_dim(progress.logprobs_BL, logprob_B[:, None], column, axis=1),
+        uniform_BL=progress.uniform_BL,
         recent=tuple(recent),
     )
 
@@ -353,10 +357,11 @@ def _sample(logits_BV, *settings):
     return sharded(logits_BV, *(reshard(x, 'B') for x in settings))
 
 
-def _uniform(rows: Rows, column: jax.Array) -> jax.Array:
-    """A random number a row, float32 in [0, 1), that depends on nothing but its seed, its sample and its count of tokens."""
+def _uniform(rows: Rows) -> jax.Array:
+    """Random numbers [B, CHUNK], float32 in [0, 1): each depends on nothing but its row's seed and sample and the count of tokens."""
 
     def draw(seed, sample, count):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), count))
 
-    return jax.vmap(draw)(rows.seed_B, rows.sample_B, rows.drawn_B + column)
+    counts_BL = rows.drawn_B[:, None] + jnp.arange(CHUNK)[None]
+    return jax.vmap(jax.vmap(draw, (None, None, 0)))(rows.seed_B, rows.sample_B, counts_BL)

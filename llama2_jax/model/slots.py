@@ -13,7 +13,7 @@ from llama2_jax.model import decode
 
 PIECES = (32, 128, 384, 512)  # tokens of a prompt that one call reads; few sizes, for every one is a program
 READ_TOGETHER = 2048  # tokens of all rows in one call, at most, but for one piece a device
-FIRST_PLACES = 128  # of every row, to begin with
+FIRST_PLACES = 64  # of every row, to begin with
 WORTH_COPYING = 16  # tokens that a prompt has in common with what another row holds
 
 
@@ -72,11 +72,12 @@ class Slots:
 
     def advance(self, rows: decode.Rows, steps: int, quota: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`decode`: tokens [B, CHUNK], their log-probabilities, and how many are each row's [B]; rows hold what they read."""
-        places = int(rows.length_B.max()) + decode.CHUNK
-        self._shorten(2 * places)
+        longest = int(rows.length_B.max())
+        # A whole chunk is worth cutting off what is only needed after it: all of the cache is read for each token.
+        self._shorten(longest + decode.CHUNK - steps)
         with self._devices():
             recent, *drawn = self._decode(self._weights, self._cache, rows, np.int32(steps), np.int32(quota))
-        self._reserve(places)
+        self._reserve(longest + decode.CHUNK)
         with self._devices():
             self._cache = decode.kept(self._cache, recent, rows)
             tokens, logprobs, counts = (np.asarray(x) for x in drawn)

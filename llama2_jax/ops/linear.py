@@ -92,8 +92,12 @@ def _linear_int8(expression, x, weight):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    _, letters, out = _letters(expression)
-    return jnp.einsum(expression, x, gather(weight.astype(x.dtype), letters), out_sharding=spec(out))
+    before, letters, out = _letters(expression)
+    weight = weight.astype(x.dtype)
+    if before[2:] == letters[1:]:  # as one axis: over two, XLA on CPU turns the weight around for every product
+        expression, letters = 'BLX,DX->BLD', letters[:2]
+        x, weight = x.reshape(*x.shape[:2], -1), weight.reshape(len(weight), -1)
+    return jnp.einsum(expression, x, gather(weight, letters), out_sharding=spec(out))
 
 
 def _letters(expression: str) -> tuple[str, str, str]:

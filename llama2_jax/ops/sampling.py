@@ -23,18 +23,20 @@ def sample(
       was cut: what PPO compares a policy with.
     """
     greedy_B = temperature_B <= 0
-    scaled_BV = logits_BV / jnp.where(greedy_B, 1, temperature_B)[:, None]
-    top_B = scaled_BV.max(axis=-1)
-    best_B = jnp.min(jnp.where(scaled_BV == top_B[:, None], jnp.arange(scaled_BV.shape[-1])[None], scaled_BV.shape[-1]), axis=-1)
+    scale_B = 1 / jnp.where(greedy_B, 1, temperature_B)
+    top_B = logits_BV.max(axis=-1)
+    best_B = jnp.min(jnp.where(logits_BV == top_B[:, None], jnp.arange(logits_BV.shape[-1])[None], logits_BV.shape[-1]), axis=-1)
 
-    def draw(scaled_BV):
-        cut_BV = jax.lax.cond(jnp.any((top_k_B > 0) & ~greedy_B), best, lambda x_BV, k_B: x_BV, scaled_BV, top_k_B)
+    def draw(logits_BV):
+        cut_BV = logits_BV * scale_B[:, None]
+        cut_BV = jax.lax.cond(jnp.any((top_k_B > 0) & ~greedy_B), best, lambda x_BV, k_B: x_BV, cut_BV, top_k_B)
         cut_BV = jax.lax.cond(jnp.any((top_p_B < 1) & ~greedy_B), nucleus, lambda x_BV, p_B: x_BV, cut_BV, top_p_B)
         return jnp.where(greedy_B, best_B, inverse_cdf(cut_BV, uniform_B))
 
-    token_B = jax.lax.cond(jnp.all(greedy_B), lambda _: best_B, draw, scaled_BV)
-    rest_B = jnp.log(jnp.sum(jnp.exp(scaled_BV - top_B[:, None]), axis=-1))
-    return token_B, jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0] - top_B - rest_B
+    token_B = jax.lax.cond(jnp.all(greedy_B), lambda _: best_B, draw, logits_BV)
+    rest_B = jnp.log(jnp.sum(jnp.exp((logits_BV - top_B[:, None]) * scale_B[:, None]), axis=-1))
+    below_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - top_B
+    return token_B, below_B * scale_B - rest_B
 
 
 def best(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
