@@ -160,6 +160,11 @@ def shard_batch(array: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH_AXES)), array)
 
 
+def decoding() -> bool:
+    """Whether the mesh that is set is one for decoding."""
+    return jax.sharding.get_abstract_mesh().axis_names == DECODING_AXES
+
+
 def reshard(array: jax.Array, letters: str) -> jax.Array:
     """An activation moved to where its letters say."""
     return array if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(array, spec(letters))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.mesh import DATA_AXES, GATHERED, PARAMETERS, gather, reshard, spec
+from llama2_jax.mesh import DATA_AXES, GATHERED, PARAMETERS, decoding, gather, reshard, spec
 
 
 @jax.tree_util.register_dataclass
@@ -93,11 +93,10 @@ def _linear_int8(expression, x, weight):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     before, letters, out = _letters(expression)
-    weight = weight.astype(x.dtype)
-    if before[2:] == letters[1:]:  # as one axis: over two, XLA on CPU turns the weight around for every product
-        expression, letters = 'BLX,DX->BLD', letters[:2]
-        x, weight = x.reshape(*x.shape[:2], -1), weight.reshape(len(weight), -1)
-    return jnp.einsum(expression, x, gather(weight, letters), out_sharding=spec(out))
+    weight = gather(weight.astype(x.dtype), letters)
+    if before == 'BLHK' and decoding():  # as one sum: a CPU turned the weight around for every token; training steps on TPU lose by it
+        expression, x, weight = 'BLX,DX->BLD', x.reshape(*x.shape[:2], -1), weight.reshape(len(weight), -1)
+    return jnp.einsum(expression, x, weight, out_sharding=spec(out))
 
 
 def _letters(expression: str) -> tuple[str, str, str]:

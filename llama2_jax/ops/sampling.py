@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # of the vocabulary, when a token is looked up by its cumulated probability
+BLOCK = 128  # of the vocabulary: a token is looked up by its block first
 
 
 def sample(
@@ -24,8 +24,7 @@ def sample(
     """
     greedy_B = temperature_B <= 0
     scale_B = 1 / jnp.where(greedy_B, 1, temperature_B)
-    top_B = logits_BV.max(axis=-1)
-    best_B = jnp.min(jnp.where(logits_BV == top_B[:, None], jnp.arange(logits_BV.shape[-1])[None], logits_BV.shape[-1]), axis=-1)
+    best_B, top_B = _argmax(logits_BV)
 
     def draw(logits_BV):
         cut_BV = logits_BV * scale_B[:, None]
@@ -80,15 +79,31 @@ def _drop(logits_BV, weights_BV, limit_B):
 
 def inverse_cdf(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """The token at which the cumulated probability of its row passes the row's number in [0, 1): int32 [B]."""
-    B, V = logits_BV.shape
-    padding = -V % BLOCK
     weights_BV = jnp.exp(logits_BV - logits_BV.max(axis=-1, keepdims=True))
     # Sums of blocks first, then within one block: a tenth of the work of one long cumulated sum, and rounded less.
-    blocks_BNI = jnp.pad(weights_BV, ((0, 0), (0, padding))).reshape(B, -1, BLOCK)
+    blocks_BNI = _blocks(weights_BV, 0)
     sums_BN = blocks_BNI.sum(axis=-1)
     block_B, rest_B = _passing(sums_BN, uniform_B * sums_BN.sum(axis=-1))
-    within_B, _ = _passing(jnp.take_along_axis(blocks_BNI, block_B[:, None, None], axis=1)[:, 0], rest_B)
+    within_B, _ = _passing(_block(blocks_BNI, block_B), rest_B)
     return (block_B * BLOCK + within_B).astype(jnp.int32)
+
+
+def _argmax(logits_BV):
+    """The best token of each row, the first among equals, and its logit: in one pass, where XLA on CPU makes two and more."""
+    blocks_BNI = _blocks(logits_BV, -jnp.inf)
+    tops_BN = blocks_BNI.max(axis=-1)
+    block_B = jnp.argmax(tops_BN, axis=-1)
+    within_B = jnp.argmax(_block(blocks_BNI, block_B), axis=-1)
+    return (block_B * BLOCK + within_B).astype(jnp.int32), tops_BN.max(axis=-1)
+
+
+def _blocks(x_BV, padding):
+    B, V = x_BV.shape
+    return jnp.pad(x_BV, ((0, 0), (0, -V % BLOCK)), constant_values=padding).reshape(B, -1, BLOCK)
+
+
+def _block(x_BNI, block_B):
+    return jnp.take_along_axis(x_BNI, block_B[:, None, None], axis=1)[:, 0]
 
 
 def _passing(weights_BI, target_B):

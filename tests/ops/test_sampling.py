@@ -102,6 +102,17 @@ def test_temperature_zero_takes_the_best():
     np.testing.assert_allclose(logprobs, np.log(0.4), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('best', [0, 127, 128, 299])
+def test_the_first_of_the_best_in_a_vocabulary_of_blocks(best):
+    """300 tokens are three blocks, the last of them not full; what comes after the first of equals does not matter."""
+    logits = np.random.default_rng(0).normal(size=(1, 300)).astype(np.float32)
+    logits[0, [best, *range(best + 1, 300, 7)]] = 9
+    tokens, logprobs = sample(jnp.array(logits), jnp.zeros(1), jnp.zeros(1), jnp.ones(1), jnp.zeros(1, jnp.int32))
+    assert tokens.tolist() == [best]
+    wide = logits[0].astype(np.float64)
+    np.testing.assert_allclose(logprobs, 9 - np.log(np.exp(wide).sum()), rtol=0, atol=1e-6)
+
+
 def test_rows_have_settings_of_their_own():
     uniform = jnp.array([0.9, 0.9, 0.9, 0.9])
     tokens, _ = sample(
