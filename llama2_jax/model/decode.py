@@ -358,7 +358,7 @@ def _sample(logits_BV, *settings):
 
 
 def _uniform(rows: Rows) -> jax.Array:
-    """Random numbers [B, CHUNK], float32 in [0, 1): each depends on nothing but its row's seed and sample and the count of tokens."""
+    """Random numbers [B, CHUNK], float32 in [0, 1), each by nothing but its row's seed and sample and the count of tokens."""
 
     def draw(seed, sample, count):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), count))

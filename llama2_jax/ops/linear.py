@@ -94,7 +94,7 @@ def _linear_int8(expression, x, weight):
 def _linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     before, letters, out = _letters(expression)
     weight = gather(weight.astype(x.dtype), letters)
-    if before == 'BLHK' and decoding():  # as one sum: a CPU turned the weight around for every token; training steps on TPU lose by it
+    if before == 'BLHK' and decoding():  # one sum, or CPUs turn the weight around for every token; training on TPUs loses by it
         expression, x, weight = 'BLX,DX->BLD', x.reshape(*x.shape[:2], -1), weight.reshape(len(weight), -1)
     return jnp.einsum(expression, x, weight, out_sharding=spec(out))
 
