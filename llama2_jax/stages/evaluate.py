@@ -24,7 +24,7 @@ from llama2_jax.files import locate, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
-from llama2_jax.stages.rows import growing
+from llama2_jax.stages.rows import growing, resume_rows
 
 CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
 
@@ -176,14 +176,15 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
 
     They are written as they come, in no order; the same call again goes on.
     """
-    found = resume(path, settings)
-    barrier(f'{task.name} begins')
+    rows = resume_rows(path)
+    if rows and rows[0] != settings:
+        raise UserError(f'{path} holds outputs for other settings or files: give another --output, or remove it.')
+    found = {row['index']: row for row in rows[1:]}
     todo = {index: example for index, example in enumerate(examples) if index not in found}
     tokens = 0
     bar = tqdm(total=len(examples), initial=len(found), desc=task.name, dynamic_ncols=True, disable=not is_main_process())
-    new = not path.exists()
     with bar, growing(path) as add:
-        if new:
+        if not rows:
             add(settings)
         for output in asker.ask(task, todo):
             line = {'index': output.index, 'prompt_hash': output.prompt_hash, 'outputs': output.outputs}
@@ -193,26 +194,6 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
             bar.update()
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s', refresh=False)
     return [found[index] for index in range(len(examples))], tokens
-
-
-def resume(path: Path, settings: dict) -> dict[int, dict]:
-    """The outputs that are there by their examples; a last line that was cut short goes.
-
-    Raises:
-      UserError: they belong to other settings.
-    """
-    if not path.exists():
-        return {}
-    first, *lines = path.read_text(encoding='utf-8').split('\n')
-    if not lines:  # not even the settings were written
-        lines, first = [''], json.dumps(settings)
-    whole = [json.loads(line) for line in lines[:-1]]
-    if json.loads(first) != settings:
-        raise UserError(f'{path} holds outputs for other settings or files: give another --output, or remove it.')
-    barrier(f'{path.name} read')
-    if is_main_process():
-        write_atomically(path, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in [settings, *whole]))
-    return {line['index']: line for line in whole}
 
 
 def grade(task: Task, examples: Sequence[Example], outputs: Sequence[dict], helpers: Mapping[str, Helper]) -> list[dict]:

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages.rows import growing
+from llama2_jax.stages.rows import growing, resume_rows
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
@@ -198,18 +197,10 @@ def resume(path: Path, stamp: str, names: list[Any]) -> int:
         return 0
     if not beside.exists() or beside.read_text(encoding='utf-8') != stamp:
         raise UserError(f'{path} holds the results of other prompts or settings: give another --output, or remove it.')
-    *lines, rest = path.read_text(encoding='utf-8').split('\n')
-    try:
-        right = [json.loads(line)['id'] for line in lines] == names[: len(lines)]
-    except (ValueError, KeyError, TypeError):
-        right = False
-    if not right:
+    rows = resume_rows(path)
+    if [row.get('id') for row in rows] != names[: len(rows)]:
         raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')
-    barrier('output read')
-    if rest and is_main_process():
-        os.truncate(path, sum(len(line.encode()) + 1 for line in lines))  # on a disk: what is in a bucket is whole
-    barrier('output cut')
-    return len(lines)
+    return len(rows)
 
 
 def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8: bool) -> str:

@@ -166,8 +166,11 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
     other.mkdir()
     fresh = evaluate.run_task(task, config, Asker(engine, False), {}, other)
     assert fresh['measures'] == result['measures']
-    path.write_text('{}\n')
     (tmp_path / 'letters.json').unlink()
+    path.write_text('{}\n{"index"\n')
+    with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged: it has lines that are no rows'):
+        evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
+    path.write_text('{}\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds outputs for other settings'):
         evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
 
