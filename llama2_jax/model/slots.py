@@ -73,7 +73,7 @@ class Slots:
     def advance(self, rows: decode.Rows, steps: int, quota: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`decode`: tokens [B, CHUNK], their log-probabilities, and how many are each row's [B]; rows hold what they read."""
         longest = int(rows.length_B.max())
-        # A whole chunk is worth cutting off what is only needed after it: all of the cache is read for each token.
+        # All of the cache is read for each token. A chunk is worth cutting it to what rows hold, one token is not.
         self._shorten(longest + decode.CHUNK - steps)
         with self._devices():
             recent, *drawn = self._decode(self._weights, self._cache, rows, np.int32(steps), np.int32(quota))
