@@ -86,7 +86,6 @@ class Progress(NamedTuple):
     count_B: jax.Array
     tokens_BL: jax.Array
     logprobs_BL: jax.Array
-    uniform_BL: jax.Array  # random numbers for all columns, made at once
     recent: Cache  # the columns' keys and values, which are not in the cache yet
 
 
@@ -226,7 +225,7 @@ def decode(
     def unfinished(progress: Progress) -> jax.Array:
         return (progress.column < steps) & (jnp.sum(progress.done_B & rows.live_B) < quota)
 
-    progress = jax.lax.while_loop(unfinished, partial(decode_token, weights, cache, rows), beginning(cache, rows))
+    progress = jax.lax.while_loop(unfinished, partial(decode_token, weights, cache, rows, uniform(rows)), beginning(cache, rows))
     return progress.recent, *(replicate(x) for x in (progress.tokens_BL, progress.logprobs_BL, progress.count_B))
 
 
@@ -269,13 +268,22 @@ def beginning(cache: Cache, rows: Rows) -> Progress:
         count_B=jnp.zeros(drawn_BL[:1], jnp.int32, out_sharding=spec('B')),
         tokens_BL=jnp.zeros(drawn_BL, jnp.int32, out_sharding=spec('BL')),
         logprobs_BL=jnp.zeros(drawn_BL, jnp.float32, out_sharding=spec('BL')),
-        uniform_BL=reshard(_uniform(rows), 'BL'),
         recent=recent,
     )
 
 
-def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress) -> Progress:
-    """One token more in each row."""
+def uniform(rows: Rows) -> jax.Array:
+    """Random numbers [B, CHUNK], float32 in [0, 1), each by nothing but its row's seed and sample and the count of tokens."""
+
+    def draw(seed, sample, count):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), count))
+
+    counts_BL = rows.drawn_B[:, None] + jnp.arange(CHUNK)[None]
+    return reshard(jax.vmap(jax.vmap(draw, (None, None, 0)))(rows.seed_B, rows.sample_B, counts_BL), 'BL')
+
+
+def decode_token(weights: Weights, cache: Cache, rows: Rows, uniform_BL: jax.Array, progress: Progress) -> Progress:
+    """One token more in each row; `uniform_BL`: the random numbers of all columns."""
     column, length_R = progress.column, reshard(rows.length_B, 'R')
     positions_BL = reshard(rows.length_B, 'B')[:, None] + column
     visible_LL = (jnp.arange(CHUNK) <= column)[None]
@@ -291,7 +299,7 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
         x_BLD = block(x_BLD, rope, attend)
     x_BLD = rms_norm(x_BLD, weights.norm_D, weights.config.norm_eps)
     logits_BV = linear('BLD,DV->BLV', x_BLD, weights.head_DV)[:, 0].astype(jnp.float32)
-    uniform_B = jax.lax.dynamic_index_in_dim(progress.uniform_BL, column, axis=1, keepdims=False)
+    uniform_B = jax.lax.dynamic_index_in_dim(uniform_BL, column, axis=1, keepdims=False)
     token_B, logprob_B = _sample(logits_BV, uniform_B, rows.temperature_B, rows.top_p_B, rows.top_k_B)
     ended_B = jnp.any(token_B[:, None] == reshard(rows.stop_BL, 'BL'), axis=1)
     ended_B |= reshard(rows.drawn_B + column + 1 >= rows.limit_B, 'B')
@@ -302,7 +310,6 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, progress: Progress)
         count_B=progress.count_B + ~progress.done_B,
         tokens_BL=jax.lax.dynamic_update_slice_in_dim(progress.tokens_BL, token_B[:, None], column, axis=1),
         logprobs_BL=jax.lax.dynamic_update_slice_in_dim(progress.logprobs_BL, logprob_B[:, None], column, axis=1),
-        uniform_BL=progress.uniform_BL,
         recent=tuple(recent),
     )
 
@@ -355,13 +362,3 @@ def _sample(logits_BV, *settings):
     in_specs, out_specs = (spec('BV'), *[spec('B')] * len(settings)), (spec('B'),) * 2
     sharded = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return sharded(logits_BV, *(reshard(x, 'B') for x in settings))
-
-
-def _uniform(rows: Rows) -> jax.Array:
-    """Random numbers [B, CHUNK], float32 in [0, 1), each by nothing but its row's seed and sample and the count of tokens."""
-
-    def draw(seed, sample, count):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), count))
-
-    counts_BL = rows.drawn_B[:, None] + jnp.arange(CHUNK)[None]
-    return jax.vmap(jax.vmap(draw, (None, None, 0)))(rows.seed_B, rows.sample_B, counts_BL)

@@ -235,10 +235,11 @@ def compile_step(config: ModelConfig, mesh: Mesh, batch_size: int, length: int, 
         weights = decode.abstract_weights(config, dtype, int8)
         cache = jax.eval_shape(lambda: decode.empty_cache(config, batch_size, length, dtype))
         rows = decode.abstract_rows(batch_size)
+        uniform = jax.eval_shape(decode.uniform, rows)
         progress = jax.eval_shape(decode.beginning, cache, rows)
         step = jax.jit(lambda given, progress: decode.decode_token(*given, progress), donate_argnums=1)
         options = decode.compiler_options(device)
-        compiled, text = aot.compile_step(step, (weights, cache, rows), progress, mesh, options)
+        compiled, text = aot.compile_step(step, (weights, cache, rows, uniform), progress, mesh, options)
     report = aot.analyse(compiled, text, mesh, batch_size, model_flops=0)
     held = [(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(aot.on_mesh((weights, cache), mesh))]
     size = sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in held)

@@ -133,6 +133,15 @@ def test_a_cache_that_long_rows_have_left_is_cut():
     assert places == [512, 128, 128]
 
 
+def test_a_cache_is_not_cut_for_single_tokens(monkeypatch):
+    """It would grow again after each: 128 places hold what the prompt and its first tokens fill, but not 64 more."""
+    sizes = []
+    real = slots.decode.resized
+    monkeypatch.setattr(slots.decode, 'resized', lambda cache, places: sizes.append(places) or real(cache, places))
+    list(engine_of(dataclasses.replace(GQA, context=600), batch_size=1).stream(Request([*range(3, 90)], 8)))
+    assert sizes == [128, 256]
+
+
 @pytest.fixture
 def read(monkeypatch):
     """How many tokens of prompts were read, in each call: pad tokens do not count."""
