@@ -19,6 +19,7 @@ MACHINE = BASE | {'mesh', 'runtime'}
 MODEL = MACHINE | {'ops', 'model'}
 ALLOWED = {
     'config': set(),
+    'cli': {'config'},
     'files': {'config'},
     'text': {'config', 'files'},
     'mesh': BASE | {'runtime'},

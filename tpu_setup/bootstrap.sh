@@ -19,11 +19,11 @@ done
 load_pod
 export DRY_RUN
 "$HERE/sync.sh"
-# uv brings Python 3.11, whatever the image has.
+# uv brings Python 3.13, whatever the image has, and with it the newest of the two tested lines of versions.
 on_all 'set -e
 cd ~/llama2_jax
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-[ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.11 .venv
+[ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.13 .venv
 ~/.local/bin/uv pip install --quiet --python .venv/bin/python -r requirements.txt -e ".[tpu,gcs]"'
 if [ -n "$bucket" ]; then
   on_all "set -e
