@@ -7,6 +7,7 @@ from typing import Any
 
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, passes
+from llama2_jax.evals.tasks.programs import program
 
 MBPP_SHOTS = (2, 3, 4)  # their task ids, as in the paper of MBPP
 MBPP_TEST = range(11, 511)
@@ -20,19 +21,10 @@ def read_humaneval(files: Files, shots: int) -> list[Example]:
 
 
 def humaneval_program(example: Example, text: str) -> str:
-    """A completion of the prompt, or a whole function of a chat model, with the tests behind it."""
+    """A completion of the prompt, or a chat model's answer, with the tests behind it."""
     row = example.data
-    code = in_fence(text)
-    body = row['prompt'] + (code or text)
-    if code and re.search(rf'^def {row["entry_point"]}\b', code, re.MULTILINE):
-        body = row['prompt'].split('\ndef ')[0] + '\n\n' + code if '\ndef ' in row['prompt'] else code
-    return f'{body}\n{row["test"]}\ncheck({row["entry_point"]})\n'
-
-
-def in_fence(text: str) -> str:
-    """The first block of code in a chat model's answer; '' where there is none."""
-    block = re.search(r'```(?:[Pp]ython)?\n(.*?)(?:```|\Z)', text, re.DOTALL)
-    return block.group(1) if block else ''
+    code = program(row['prompt'], text, [row['entry_point']])
+    return f'{code}\n{row["test"]}\ncheck({row["entry_point"]})\n'
 
 
 def read_mbpp(files: Files, shots: int) -> list[Example]:
@@ -59,7 +51,9 @@ def mbpp_question(row: Mapping[str, Any]) -> str:
 def mbpp_program(example: Example, text: str) -> str:
     """A function with its tests behind it."""
     row = example.data
-    return '\n'.join([row.get('test_setup_code', ''), in_fence(text) or text, *row['test_list']])
+    tests = '\n'.join(row['test_list'])
+    names = [name for name in re.findall(r'^def (\w+)', row['code'], re.MULTILINE) if re.search(rf'\b{name}\b', tests)]
+    return '\n'.join([row.get('test_setup_code', ''), program('', text, names), tests])
 
 
 def grade(example: Example, outputs: Sequence[Any], given: Given) -> Record:
