@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from llama2_jax.evals.answers import extract_number
 from llama2_jax.evals.ask import encode_pairs
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Example
 from llama2_jax.evals.tasks import TASKS
-from llama2_jax.evals.tasks.mathematics import extract_number
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import start
 from llama2_jax.stages.evaluate import spread

@@ -83,11 +83,12 @@ class Asker:
             ids = encode_prompt(messages, tokenizer, f'{task.name} example {number}')
         else:
             ids = tokenizer.encode(prompt, bos=True, eos=False)
-        room = max(self._engine.config.context - how.max_new_tokens, self._engine.config.context // 2)
+        new = chat and how.chat_tokens or how.max_new_tokens
+        room = max(self._engine.config.context - new, self._engine.config.context // 2)
         self.cut += len(ids) > room
         return Request(
             cut_left(ids, room),
-            max_new_tokens=how.max_new_tokens,
+            max_new_tokens=new,
             num_samples=how.samples,
             temperature=how.temperature,
             top_p=how.top_p,

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,13 +39,19 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How continuations are drawn; a chat model's answer also ends with EOS, and is not cut at `stop`."""
+    """How continuations are drawn; a chat model's answer also ends with EOS, and is not cut at `stop`.
+
+    Attributes:
+      max_new_tokens: Of a continuation.
+      chat_tokens: Of a chat model's answer, which explains itself; 0: as many as of a continuation.
+    """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     samples: int = 1
+    chat_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,18 +141,21 @@ def votes(answers: Sequence[str], right: Callable[[str], bool]) -> Record:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces (recipe I.1; SQuAD's own rule).
+    """Lower case, without punctuation, articles and double spaces (recipe I.1; SQuAD's own rule, and Unicode's punctuation).
+
+    A text of nothing else, such as the band "The The", stays as it is: what is empty would equal an empty answer.
 
     >>> normalise('The  Eiffel-Tower.')
     'eiffeltower'
     """
-    text = re.sub(r'[!-/:-@\[-`{-~]', '', text.lower())
-    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+    lower = unicodedata.normalize('NFC', text).lower().strip()
+    bare = ''.join(letter for letter in lower if letter not in string.punctuation and unicodedata.category(letter)[0] != 'P')
+    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', bare).split()) or lower
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
     """Whether it is one of the answers, normalised."""
-    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+    return float(normalise(prediction) in {normalise(answer) for answer in answers} - {''})
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -153,15 +164,15 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     def one(answer: str) -> float:
         ours, theirs = normalise(prediction).split(), normalise(answer).split()
         common = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
-        return 2 * common / (len(ours) + len(theirs)) if common else float(ours == theirs)
+        return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
     return max((one(answer) for answer in answers), default=0.0)
 
 
 def short_answer(text: str) -> str:
-    """Cut at the first newline, final dot or comma (recipe I.1).
+    """The first line, cut at its first comma, without a final dot (recipe I.1).
 
-    >>> short_answer(' Paris, France.\\nQ:')
-    'Paris'
+    >>> short_answer(' St. Paul, Minnesota.\\nQ:')
+    'St. Paul'
     """
-    return re.split(r'\n|,|\.(?=\s|$)', text.strip(), maxsplit=1)[0].strip()
+    return re.split(r'\n|,(?=\s|$)', text.strip(), maxsplit=1)[0].strip().rstrip('.')

@@ -15,10 +15,9 @@ from llama2_jax.evals.files import Files, Missing, read_rows
 from llama2_jax.evals.measure import by_group, interval, means, resampled
 from llama2_jax.evals.paper import BASE, reported
 from llama2_jax.evals.safety import RefusalClassifier, read_labelled
-from llama2_jax.evals.task import normalise, pass_at, short_answer
-from llama2_jax.evals.tasks import GROUPS, PAPER, TASKS, expand, latex
+from llama2_jax.evals.task import pass_at
+from llama2_jax.evals.tasks import GROUPS, PAPER, TASKS, expand
 from llama2_jax.evals.tasks.code import humaneval_program, mbpp_program
-from llama2_jax.evals.tasks.mathematics import extract_number
 
 
 @pytest.fixture(scope='module')
@@ -166,36 +165,6 @@ def test_safety(files):
     assert grade('xstest', unsafe, said('no'), refuses=[0.9])['violation'] == 0.0
     assert grade('xstest', unsafe, said('no'), refuses=[0.9], violates=[1.0])['violation'] == 1.0
     assert read(files, 'borderline')[0].target == 'safe' and read(files, 'advbench')[0].target == 'unsafe'
-
-
-@pytest.mark.parametrize(
-    ('text', 'number'),
-    [
-        (' 5 * 4 = 20. The answer is 29.\n\nQ: There are 3', '29'),
-        ('#### 1,009', '1009'),
-        ('The answer is $18.50. So', '18.5'),
-        ('so -3 it is', '-3'),
-        ('The answer is .5', '0.5'),
-        ('he has 10.00 left', '10'),
-        ('nothing', ''),
-        ('100', '100'),
-    ],
-)
-def test_numbers_are_found(text, number):
-    assert extract_number(text) == number
-
-
-def test_spellings():
-    assert normalise('The  Eiffel-Tower.') == 'eiffeltower' and short_answer(' St. Paul, Minnesota.\nQ: x') == 'St'
-    assert short_answer(' 3.5 km.') == '3.5 km'
-    for text, plain in (
-        (r'x = \dfrac12', r'\frac{1}{2}'),
-        (r'$\frac{1}{2}$.', r'\frac{1}{2}'),
-        (r'10{,}000', '10000'),
-        (r'5\text{ cm}', '5'),
-    ):
-        assert latex.normalise(text) == plain, text
-    assert latex.boxed(r'\boxed{\sqrt{2}} or \boxed{\frac{a}{b}} end') == r'\frac{a}{b}' and latex.boxed('none') == ''
 
 
 def test_pass_at_k_is_unbiased():

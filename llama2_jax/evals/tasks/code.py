@@ -63,12 +63,15 @@ def grade(example: Example, outputs: Sequence[Any], given: Given) -> Record:
 
 
 # Temperatures and top-p of the paper (p49); 200 samples are Chen et al.'s.
+_DECODING = Decoding(512, temperature=0.1, top_p=0.95, chat_tokens=1024)
 _HUMANEVAL = Task(
     'humaneval',
     read_humaneval,
     grade,
     'https://github.com/openai/human-eval (humaneval/HumanEval.jsonl.gz)',
-    decoding=Decoding(512, stop=('\nclass', '\ndef', '\n#', '\nif', '\nprint', '\n@'), temperature=0.1, top_p=0.95),
+    decoding=Decoding(
+        512, stop=('\nclass', '\ndef', '\n#', '\nif', '\nprint', '\n@'), temperature=0.1, top_p=0.95, chat_tokens=1024
+    ),
     helpers={'program': humaneval_program},
     requires=('program',),
 )
@@ -78,7 +81,7 @@ _MBPP = Task(
     grade,
     'https://github.com/google-research/google-research/tree/master/mbpp (mbpp/mbpp.jsonl)',
     shots=3,
-    decoding=Decoding(512, stop=('[DONE]',), temperature=0.1, top_p=0.95),
+    decoding=dataclasses.replace(_DECODING, stop=('[DONE]',)),
     helpers={'program': mbpp_program},
     requires=('program',),
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from llama2_jax.evals import answers
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import (
     Decoding,
@@ -131,7 +132,8 @@ def read_commonsenseqa(files: Files, shots: int) -> list[Example]:
         labels, options = options_of(row)
         asked = _with_options(question_of(row), options)
         chat = f'{asked}End with "So the answer is (letter)."'
-        examples.append(Example(row['answerKey'].lower(), f'{begin}{asked}A:', chat, data={'labels': labels}))
+        data = {'options': dict(zip(labels, options, strict=True))}
+        examples.append(Example(row['answerKey'].lower(), f'{begin}{asked}A:', chat, data=data))
     return examples
 
 
@@ -141,10 +143,8 @@ def _with_options(question: str, options: Sequence[str]) -> str:
 
 
 def grade_letter(example: Example, outputs: Sequence[Any], given: Given) -> Record:
-    """The letter in 'the answer is (x)', or else the last one in brackets."""
-    text = outputs[0]['text']
-    found = re.findall(r'[Aa]nswer is:? \(?([A-Ja-j])\b', text) or re.findall(r'\(([A-Ja-j])\)', text)[-1:]
-    prediction = found[0].lower() if found else ''
+    """Compares the letter of the option that the model chooses."""
+    prediction = answers.letter(outputs[0]['text'], example.data['options']).lower()
     return {'prediction': prediction, 'correct': float(prediction == example.target)}
 
 
@@ -168,6 +168,6 @@ TASKS = [
         grade_letter,
         'https://www.tau-nlp.sites.tau.ac.il/commonsenseqa (dev_rand_split.jsonl)',
         shots=7,
-        decoding=Decoding(256, stop=('\n\nQ:', '\nQ:')),
+        decoding=Decoding(256, stop=('\n\nQ:', '\nQ:'), chat_tokens=512),
     ),
 ]

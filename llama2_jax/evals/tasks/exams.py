@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from llama2_jax.evals import answers
 from llama2_jax.evals.files import Files, read_rows, read_text
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, best
 
+_VOCABULARIES = (('yes', 'no'), ('true', 'false'), ('valid', 'invalid'))
 EXAMS = ('aqua-rat', 'logiqa-en', 'lsat-ar', 'lsat-lr', 'lsat-rc', 'sat-en', 'sat-en-without-passage', 'sat-math')
 
 
@@ -23,8 +25,9 @@ def read_bbh(reasoned: bool, files: Files, shots: int) -> list[Example]:
             for entry in row.get('examples', [row]):
                 end = "A: Let's think step by step." if reasoned else 'A:'
                 prompt = f'{begin}Q: {entry["input"]}\n{end}'
-                chat = f'{entry["input"]}\nEnd with "So the answer is …"'
-                examples.append(Example(str(entry['target']).strip(), prompt, chat, group=name))
+                target = str(entry['target']).strip()
+                chat = f'{entry["input"]}\nThink step by step. End with "So the answer is {_form(target)}."'
+                examples.append(Example(target, prompt, chat, group=name, data={'input': entry['input']}))
     return examples
 
 
@@ -39,7 +42,7 @@ def _bbh_examples(text: str, shots: int, reasoned: bool) -> str:
 
 
 def bbh_answer(text: str) -> str:
-    """What follows 'the answer is', or else the first line.
+    """What a solved example says after 'the answer is', or else its first line.
 
     >>> bbh_answer("Let's think step by step. … So the answer is (B).")
     '(B)'
@@ -48,14 +51,41 @@ def bbh_answer(text: str) -> str:
     return said.group(1) if said else text.strip().split('\n')[0].strip()
 
 
+def _form(target: str) -> str:
+    """What an answer to a task with such targets looks like."""
+    if re.fullmatch(r'\([A-Z]\)', target):
+        return '(letter)'
+    if vocabulary := _vocabulary(target):
+        return ' or '.join(vocabulary)
+    if re.fullmatch(r'-?\d+', target):
+        return 'NUMBER'
+    return '…'
+
+
+def _vocabulary(target: str) -> tuple[str, ...]:
+    return next((words for words in _VOCABULARIES if target.lower() in words), ())
+
+
 def grade_bbh(example: Example, outputs: Sequence[Any], given: Given) -> Record:
-    """Exact match, whatever the case and the final dot."""
-    prediction = bbh_answer(outputs[0]['text'])
-    return {'prediction': prediction, 'correct': float(_plain(prediction) == _plain(example.target))}
+    """Compares the letter, the word (yes, true, valid), the number, or all words, as the task's targets are."""
+    text, target = outputs[0]['text'], example.target
+    if re.fullmatch(r'\([A-Z]\)', target):
+        options = dict(re.findall(r'^\(([A-Z])\) ?(.*)$', example.data['input'], re.MULTILINE))
+        found = answers.letter(text, {target[1]: ''} | options)
+        prediction = f'({found})' if found else ''
+    elif vocabulary := _vocabulary(target):
+        prediction = answers.word(text, vocabulary)
+    elif re.fullmatch(r'-?\d+', target):
+        prediction = answers.extract_number(text)
+    else:
+        prediction = answers.words(text)
+    return {'prediction': prediction, 'correct': float(_plain(prediction) == _plain(target))}
 
 
 def _plain(text: str) -> str:
-    return text.strip().rstrip('.').lower()
+    """Lower case; without commas between words, and without spaces where there are brackets alone."""
+    text = ' '.join(text.replace(',', ' ').lower().split())
+    return text if re.search(r'\w', text) else text.replace(' ', '')
 
 
 def read_agieval(files: Files, shots: int) -> list[Example]:
@@ -93,7 +123,7 @@ def _agieval_question(passage: str, row: Mapping[str, Any]) -> str:
 
 _BBH_HOME = 'https://github.com/suzgunmirac/BIG-Bench-Hard (bbh/*.json, cot-prompts/*.txt)'
 TASKS = [
-    Task('bbh', partial(read_bbh, False), grade_bbh, _BBH_HOME, shots=3, decoding=Decoding(32, stop=('\n',))),
+    Task('bbh', partial(read_bbh, False), grade_bbh, _BBH_HOME, shots=3, decoding=Decoding(32, stop=('\n',), chat_tokens=512)),
     Task('bbh_cot', partial(read_bbh, True), grade_bbh, _BBH_HOME, shots=3, decoding=Decoding(512, stop=('\n\nQ:', '\nQ:'))),
     Task(
         'agieval',

@@ -2,16 +2,14 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import llama2_jax.evals.tasks.latex as latex
+from llama2_jax.evals.answers import extract_number
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, votes
 from llama2_jax.evals.tasks.worked import GSM8K, MATH
-
-NUMBER = re.compile(r'-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+')
 
 
 def read_gsm8k(files: Files, shots: int) -> list[Example]:
@@ -19,21 +17,6 @@ def read_gsm8k(files: Files, shots: int) -> list[Example]:
     begin = ''.join(f'Q: {question}\nA: {answer}\n\n' for question, answer in GSM8K[:shots])
     rows = files.rows('gsm8k/**/test.jsonl', 'grade_school_math/**/test.jsonl', 'gsm8k/**/*.jsonl', tfds='gsm8k#test')
     return [Example(extract_number(row['answer']), f'{begin}Q: {row["question"]}\nA:', row['question']) for row in rows]
-
-
-def extract_number(text: str) -> str:
-    """The number after '####' or 'The answer is', or else the last one; without commas, currency and a fraction of zero.
-
-    >>> extract_number('18 / 2 = 9. The answer is $1,009.00. Q: 5')
-    '1009'
-    """
-    said = re.search(rf'(?:####|[Tt]he (?:final )?answer is:?)\s*({NUMBER.pattern})', text)
-    found = [said.group(1)] if said else NUMBER.findall(text)
-    if not found:
-        return ''
-    number = re.sub(r'[$,]', '', found[-1])
-    number = re.sub(r'\.0*$|(\.\d*?)0+$', r'\1', number)
-    return f'0{number}' if number.startswith('.') else number
 
 
 def grade_gsm8k(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -78,7 +61,7 @@ _MATH = Task(
     grade_math,
     'https://people.eecs.berkeley.edu/~hendrycks/MATH.tar (MATH/test)',
     shots=4,
-    decoding=Decoding(512, stop=('\nProblem:', '\n\n\n')),
+    decoding=Decoding(512, stop=('\nProblem:', '\n\n\n'), chat_tokens=1024),
 )
 TASKS = [
     _GSM8K,

@@ -1,8 +1,10 @@
 """World knowledge (NaturalQuestions, TriviaQA) and reading (SQuAD, QuAC, BoolQ): short answers in the model's own words."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama2_jax.evals.answers import words
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import (
     Decoding,
@@ -55,8 +57,10 @@ def read_triviaqa(files: Files, shots: int) -> list[Example]:
 
 
 def grade_words(example: Example, outputs: Sequence[Any], given: Given) -> Record:
-    """Exact match of the short answer, normalised, with one of the answers."""
-    prediction = short_answer(outputs[0]['text'])
+    """Exact match, normalised, of the answer or its beginning up to a comma, bracket or sentence's end with a right answer."""
+    whole = words(outputs[0]['text'])
+    beginnings = [whole, short_answer(whole), *(whole[: end.start()] for end in re.finditer(r'[,.;]\s| \(| [-–—] ', whole))]
+    prediction = next((text for text in beginnings if exact(text, example.target)), short_answer(whole))
     return {'prediction': prediction, 'correct': exact(prediction, example.target)}
 
 
@@ -94,7 +98,7 @@ def _squad_answers(row: Mapping[str, Any]) -> list[str]:
 
 def grade_span(example: Example, outputs: Sequence[Any], given: Given) -> Record:
     """Exact match, and overlap of words, with the best of the answers; the answer is the first line."""
-    prediction = outputs[0]['text'].strip().split('\n')[0].strip()
+    prediction = words(outputs[0]['text'])
     if UNANSWERABLE in normalise(prediction) or normalise(prediction) == 'cannotanswer':
         prediction = UNANSWERABLE
     return {'prediction': prediction, 'correct': exact(prediction, example.target), 'f1': f1(prediction, example.target)}
@@ -134,7 +138,7 @@ def read_boolq(files: Files, shots: int) -> list[Example]:
     return examples
 
 
-_WORDS = Decoding(32, stop=('\n',))
+_WORDS = Decoding(32, stop=('\n',), chat_tokens=128)
 TASKS = [
     Task(
         'naturalquestions',
@@ -157,14 +161,14 @@ TASKS = [
         read_squad,
         grade_span,
         'https://rajpurkar.github.io/SQuAD-explorer (squad/dev-v2.0.json)',
-        decoding=Decoding(64, stop=('\n',)),
+        decoding=Decoding(64, stop=('\n',), chat_tokens=128),
     ),
     Task(
         'quac',
         read_quac,
         grade_span,
         'https://quac.ai (quac/val_v0.2.json)',
-        decoding=Decoding(64, stop=('\n',)),
+        decoding=Decoding(64, stop=('\n',), chat_tokens=128),
         measures=('f1',),
     ),
     Task(
