@@ -71,9 +71,9 @@ def compile_cell(cell: Cell) -> tuple[aot.Report, str, float]:
     start = time.monotonic()
     with jax.set_mesh(mesh):
         state, _, step = pretrain.build(config, config.compute.on('tpu'))
-        compiled, text = aot.compile_step(step, state, {'tokens': array, 'segment_ids': array}, mesh)
+        compiled = aot.compile_step(step, state, {'tokens': array, 'segment_ids': array}, mesh)
     flops = config.model.flops_per_token(config.length) * tokens
-    return aot.analyse(compiled, text, mesh, tokens, flops), text, time.monotonic() - start
+    return aot.analyse(compiled, mesh, tokens, flops), compiled.text, time.monotonic() - start
 
 
 def second_reader(path: str):

@@ -8,6 +8,7 @@ from absl import app, flags, logging
 import llama2_jax.memory  # noqa: F401 - before anything large is imported
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
+from llama2_jax.train.aot import TOPOLOGIES
 
 Presets = Mapping[str, Callable[[], Any]]
 
@@ -24,7 +25,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
     workdir = flags.DEFINE_string('workdir', None, 'Directory of the run; the same command run again continues in it.')
     settings = flags.DEFINE_multi_string('set', [], 'path.to.field=value, changes the preset; may be repeated.')
     compile_only = flags.DEFINE_bool('dry_run', False, 'Compile only: print memory, FLOPs, collectives and predicted step time.')
-    topology = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that need not be there, such as v5p:8x8x8.')
+    topology = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU slice to compile for, such as v5p:8x8x8.')
 
     def main(argv: list[str]) -> None:
         with runtime.user_errors():
@@ -33,7 +34,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
             if chosen.value not in presets:
                 raise UserError(f'--config={chosen.value}: no such preset; {nearest(chosen.value, presets)}')
             config = override(presets[chosen.value](), settings.value)
-            if compile_only.value or topology.value:
+            if compiles_only(compile_only.value, topology.value):
                 if not dry_run:
                     raise UserError('This stage has nothing to compile, so there is no --dry_run.')
                 print(dry_run(config, topology.value))
@@ -44,6 +45,21 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
             run(config, workdir.value)
 
     quietly(main)
+
+
+def compiles_only(dry_run: bool, topology: str | None) -> bool:
+    """Whether the program only compiles; then JAX starts no TPU runtime.
+
+    Raises:
+      UserError: `--topology` is given without `--dry_run`, or without a value.
+    """
+    if topology is not None and not dry_run:
+        raise UserError(f'--topology={topology} has no effect without --dry_run: give both to compile only, or neither to run.')
+    if topology == '':
+        raise UserError(f'--topology is empty: give {TOPOLOGIES}, or leave it out to compile for the devices here.')
+    if dry_run:
+        runtime.keep_libtpu_unloaded()
+    return dry_run
 
 
 def tool(run: Callable[[], None]) -> None:

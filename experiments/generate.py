@@ -12,7 +12,7 @@ with an "id" and settings of its own such as "temperature". A line of the output
 import os
 
 from absl import flags
-from common import tool
+from common import compiles_only, tool
 
 from llama2_jax.config import UserError
 from llama2_jax.stages import generate
@@ -32,13 +32,13 @@ LOGPROBS = flags.DEFINE_bool('logprobs', False, 'With --prompts: write the log-p
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Sequences at a time; memory for their caches limits it.', lower_bound=1)
 INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Compile a step only; --model may be a size such as 70b.')
-TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU that need not be there, such as v5p:2x2x4.')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU slice to compile for, such as v5p:2x2x4.')
 LENGTH = flags.DEFINE_integer('length', 4096, 'With --dry_run: tokens in the cache of each sequence.', lower_bound=1)
 
 
 def run() -> None:
     """Prints the continuations, or writes them to --output."""
-    if DRY_RUN.value or TOPOLOGY.value:
+    if compiles_only(DRY_RUN.value, TOPOLOGY.value):
         print(generate.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value))
         return
     if bool(PROMPTS.value) != bool(OUTPUT.value):

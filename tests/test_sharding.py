@@ -179,14 +179,16 @@ def test_padding_never_counts(mask_documents):
 
 @pytest.mark.parametrize('segmented', [False, True])
 @pytest.mark.parametrize(
-    'mesh', [MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, sequence=2, tensor=2)], ids=['fsdp', 'sequence']
+    ('mesh', 'length'),
+    [(MeshConfig(fsdp=2, tensor=2), 256), (MeshConfig(fsdp=1, sequence=2, tensor=2), 256), (MeshConfig(fsdp=1, sequence=4), 200)],
+    ids=['fsdp', 'sequence', 'odd'],
 )
-def test_splash_on_a_mesh(mesh, segmented):
+def test_splash_on_a_mesh(mesh, length, segmented):
     """Outputs and gradients of the TPU kernel, interpreted, cut over heads, rows and length, against the reference."""
     rng = np.random.default_rng(0)
-    q, target = rng.normal(size=(2, 2, 256, 4, 32)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 256, 2, 32)).astype(np.float32)
-    segments = np.repeat([[1, 2, 3], [1, 2, 0]], [100, 60, 96], axis=1).astype(np.int32) if segmented else None
+    q, target = rng.normal(size=(2, 2, length, 4, 32)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, length, 2, 32)).astype(np.float32)
+    segments = np.repeat([[1, 2, 3], [1, 2, 0]], [100, 60, 96], axis=1)[:, :length].astype(np.int32) if segmented else None
 
     def run(q, k, v, segments, **options):
         if not jax.sharding.get_abstract_mesh().empty:

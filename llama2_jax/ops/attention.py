@@ -1,13 +1,15 @@
 """Causal grouped-query attention: one function, three kernels, chosen by platform.
 
   reference   plain einsums; any platform, and what the others are tested against
-  splash      JAX's Pallas kernel for TPU, which skips the masked blocks
-  cudnn       cuDNN's fused kernel, on GPU
+  splash      JAX's Pallas kernel for TPU, which skips the masked blocks; lengths are padded to its blocks (`_padded`)
+  cudnn       cuDNN's fused kernel, on GPU; shapes and dtypes that it refuses go to the reference (`_refused_by_cudnn`)
 
 Query head h reads key head h // (H / G), as `repeat_interleave` does in Meta's code; scores are divided by sqrt(K) (recipe A.3).
 """
 
-from functools import partial
+import itertools
+import logging
+from functools import cache, partial
 from typing import Literal
 
 import jax
@@ -44,7 +46,7 @@ def attention(
       k_BLGK: keys, rotated; G divides H.
       v_BLGK: values.
       segments_BL: int32; positions of equal number see each other. None: everything before.
-      implementation: the kernel; splash wants a length (of a sequence shard) that is a multiple of 128.
+      implementation: the kernel. Each takes any length and head size.
       interpret: runs splash's body step by step, for tests on a CPU.
 
     Returns:
@@ -207,40 +209,79 @@ def _blockwise_backward(aligned, residuals, dout_BGRLK):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
+def _refused_by_cudnn(q_BLHK: jax.Array, k_BMGK: jax.Array, masked: bool) -> str:
+    """Why cuDNN's kernel cannot be used, or an empty string (limits of `jax.nn.dot_product_attention` on every GPU since Ampere).
+
+    >>> _refused_by_cudnn(jnp.zeros((1, 8, 2, 12), jnp.bfloat16), jnp.zeros((1, 8, 2, 12), jnp.bfloat16), masked=False)
+    'a head size of 12, which is not a multiple of 8 up to 128'
+    """
+    lengths, K = (q_BLHK.shape[1], k_BMGK.shape[1]), q_BLHK.shape[3]
+    if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return f'{q_BLHK.dtype}, which is neither bfloat16 nor float16'
+    if K % 8 or K > 128:
+        return f'a head size of {K}, which is not a multiple of 8 up to 128'
+    if masked and any(length % 2 for length in lengths):
+        return f'{" queries and ".join(map(str, lengths))} keys under a mask, which are not even'
+    return ''
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
 def _cudnn(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
     simple = segments_BL is None and shards == 1  # cuDNN then skips what the causal mask hides
+    if why := _refused_by_cudnn(q_BLHK, k_BMGK, not simple):
+        _warn_once(f'Attention is computed without cuDNN, which does not support {why}.')
+        return _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards)
     mask = None if simple else _visible(q_BLHK.shape[1], k_BMGK.shape[1], segments_BL, segments_BM, shards)[:, None]
     return jax.nn.dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask=mask, is_causal=simple, implementation='cudnn')
 
 
 def _splash(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1, interpret=False):
     _, L, H, K = q_BLHK.shape
-    M = k_BMGK.shape[1]
-    if L % 128:
-        raise ValueError(f'splash attention wants a length that is a multiple of 128, not {L}.')
+    q_size, kv_size = (_padded(size) for size in (L, k_BMGK.shape[1]))
+
+    def pad(x, size, mode='constant'):
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)), mode)
+
+    # Padding follows the real keys, so the causal mask hides it from real queries. Padded queries continue the last segment: they
+    # see its last key, and no softmax is over nothing, whose gradients would not be finite. Their outputs are cut off.
+    ids = None if segments_BL is None else splash.SegmentIds(pad(segments_BL, q_size, 'edge'), pad(segments_BM, kv_size, 'edge'))
+    heads_first = [pad(x, size).swapaxes(1, 2) for x, size in ((q_BLHK * K**-0.5, q_size), (k_BMGK, kv_size), (v_BMGK, kv_size))]
 
     def run(shard: int) -> jax.Array:
-        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((L, M), offset=shard * L)] * H)
+        mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((q_size, kv_size), offset=shard * L)] * H)
         kernel = splash.make_splash_mha_single_device(
-            mask, block_sizes=_block_sizes(L, M), residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
+            mask, block_sizes=_block_sizes(q_size, kv_size), residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
         )
-        ids = None if segments_BL is None else splash.SegmentIds(segments_BL, segments_BM)
-        heads_first = (x.swapaxes(1, 2) for x in (q_BLHK * K**-0.5, k_BMGK, v_BMGK))
-        return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
+        return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)[:, :L]
 
     if shards == 1:
         return run(0)
     return jax.lax.switch(jax.lax.axis_index('sequence'), [partial(run, shard) for shard in range(shards)])
 
 
+def _padded(length: int) -> int:
+    """The length with which splash computes: a multiple of 128 (the lanes of a TPU) whose blocks are not small.
+
+    Up to 1,024 tokens the next multiple of 128; beyond, at most 20 % more than the length. Attention alone pays for it.
+
+    >>> [_padded(length) for length in (32, 112, 544, 1024, 2176, 4095, 4096)]
+    [128, 128, 640, 1024, 2304, 4096, 4096]
+    """
+    return next(size for size in itertools.count(-(-length // 128) * 128, 128) if _largest_block(size) >= min(size, 384))
+
+
+def _largest_block(size: int, limit: int = 1024) -> int:
+    """The largest multiple of 128 up to the limit, which is what fits a core's vector memory, that divides the size."""
+    return next(block for block in range(min(size, limit), 0, -128) if size % block == 0)
+
+
 def _block_sizes(length: int, keys: int) -> splash.BlockSizes:
-    """The largest blocks that divide the lengths, up to what fits a core's vector memory."""
-
-    def largest(size: int, limit: int) -> int:
-        return next(block for block in range(min(size, limit), 0, -128) if size % block == 0)
-
-    q, kv = largest(length, 1024), largest(keys, 1024)
-    compute = largest(kv, 512)
+    q, kv = _largest_block(length), _largest_block(keys)
+    compute = _largest_block(kv, 512)
     return splash.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=compute,
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,

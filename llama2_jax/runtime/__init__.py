@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import os
 import platform
 import sys
@@ -41,7 +43,7 @@ class Chip:
 
 # By the device kind that JAX reports.
 CHIPS = {
-    'TPU v3': Chip('v3', 123e12, 32e9, 9.0e11),
+    'TPU v3': Chip('v3 core', 61.5e12, 16e9, 4.5e11),  # JAX drives each of a chip's two cores as a device
     'TPU v4': Chip('v4', 275e12, 32 * 2**30, 1.2e12, 4.5e10, 3, 1.05e9),
     'TPU v5 lite': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2, 1.5e9),
     'TPU v5e': Chip('v5e', 197e12, 16 * 2**30, 8.1e11, 4.5e10, 2, 1.5e9),
@@ -77,10 +79,25 @@ def compiler_options(device: jax.Device) -> dict[str, str]:
     """For `jax.jit(…, compiler_options=…)` of a training step on such devices."""
     if device.platform != 'tpu':
         return {}
-    # This pass stops with an internal error at gradients that are summed over microbatches (libtpu 0.0.52).
+    # This pass stops with an internal error at gradients that are summed over microbatches.
     options = {'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion'}
     chip = chip_of(device)
     return options | dict.fromkeys(SPARSE_CORE_OPTIONS, 'true') if chip and chip.name in SPARSE_CORES else options
+
+
+# Device files of TPUs, and of GPUs by NVIDIA (also under WSL) and AMD.
+ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*', '/dev/dxg', '/dev/kfd')
+
+
+def keep_libtpu_unloaded() -> None:
+    """Tells JAX to use the CPU on a machine without an accelerator where libtpu is installed for dry runs.
+
+    Left alone JAX starts the TPU runtime to look for chips, which prints errors about the accelerator type and host names.
+    """
+    if jax.config.jax_platforms or not importlib.util.find_spec('libtpu'):
+        return
+    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
+        jax.config.update('jax_platforms', 'cpu')
 
 
 def start() -> None:
@@ -91,6 +108,7 @@ def start() -> None:
     """
     # Two programs in flight on faked CPU devices can take each other's threads, and wait for ever for their collectives.
     jax.config.update('jax_cpu_enable_async_dispatch', False)
+    keep_libtpu_unloaded()
     keep_compiled()
     if place := find_place():
         join(place)

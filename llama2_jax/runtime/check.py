@@ -42,6 +42,7 @@ def check(directories: Sequence[str]) -> None:
         print(describe(everyone), flush=True)
     if faults := differences(everyone) + unwritable(everyone):
         raise UserError(' '.join(faults))
+    runtime.keep_libtpu_unloaded()
     runtime.keep_compiled()
     if place:
         join(place)

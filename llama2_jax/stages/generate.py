@@ -239,8 +239,8 @@ def compile_step(config: ModelConfig, mesh: Mesh, batch_size: int, length: int, 
         progress = jax.eval_shape(decode.beginning, cache, rows)
         step = jax.jit(lambda given, progress: decode.decode_token(*given, progress), donate_argnums=1)
         options = decode.compiler_options(device)
-        compiled, text = aot.compile_step(step, (weights, cache, rows, uniform), progress, mesh, options)
-    report = aot.analyse(compiled, text, mesh, batch_size, model_flops=0)
+        compiled = aot.compile_step(step, (weights, cache, rows, uniform), progress, mesh, options)
+    report = aot.analyse(compiled, mesh, batch_size, model_flops=0)
     held = [(leaf, leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(aot.on_mesh((weights, cache), mesh))]
     size = sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in held)
     return report, size / report.chip.bandwidth if report.chip else 0.0

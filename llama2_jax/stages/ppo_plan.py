@@ -64,6 +64,7 @@ class Plan:
         limit = f' of {report.chip.memory / aot.GB:.1f}' if report.chip else ''
         rows = [
             ('chips', f'{report.chips} × {report.kind}'),
+            ('compiler', report.compiler),
             ('memory a chip', f'{self.peak / aot.GB:.2f}{limit} GB at the fullest'),
         ]
         rows += [(f'  {name}', f'{size / aot.GB:.2f} GB') for name, size in self.held.items()]
@@ -137,8 +138,7 @@ def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, mesh:
     learned = config.batch_size * config.length
 
     def phase(name: str, program: Any, state: Any, given: Any, times: int, own: int) -> Phase:
-        compiled, text = aot.compile_step(program, state, given, mesh)
-        report = aot.analyse(compiled, text, mesh, learned // times, 0)
+        report = aot.analyse(aot.compile_step(program, state, given, mesh), mesh, learned // times, 0)
         return Phase(name, report, times, report.temporaries + own)
 
     minibatches = config.updates * size(minibatch, mesh)

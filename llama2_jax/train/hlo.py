@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 CAUSAL = 0.5  # share of the score matrix that a causal attention kernel computes
+HOST_SPACE = 5
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BITS = {'pred': 8, 'bf16': 16} | {f'{kind}{bits}': bits for kind in 'suf' for bits in (8, 16, 32, 64)}
 SIZES = {dtype: bits // 8 for dtype, bits in BITS.items()}
@@ -37,27 +38,67 @@ class Collective(NamedTuple):
     channel: str
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, in scheduled order, and the name of the first computation."""
-    computations, entry, current = {}, '', []
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """Instructions by computation and name, in scheduled order, and the name of the first computation."""
+    computations, entry, current = {}, '', {}
     for line in text.splitlines():
         if match := re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$', line):
-            current = computations[match[2]] = []
+            current = computations[match[2]] = {}
             entry = match[2] if match[1] else entry
         elif match := re.match(r'\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(', line):
             depth, end = 1, match.end()
             while depth and end < len(line):
                 depth += {'(': 1, ')': -1}.get(line[end], 0)
                 end += 1
-            operands = re.findall(r'%([\w.\-]+)', line[match.end() : end])
-            current.append(Instruction(match[2], match[3], match[4], operands, line[match.end() :], bool(match[1])))
+            operands = re.findall(r'%([\w.\-]+(?:#\d+)*)', line[match.end() : end])
+            for name in operands:
+                _add_element(current, name)
+            current[match[2]] = Instruction(match[2], match[3], match[4], operands, line[match.end() :], bool(match[1]))
     return computations, entry
+
+
+def _add_element(body: dict[str, Instruction], name: str) -> None:
+    """Adds the get-tuple-element that an operand `tuple#2` stands for: jaxlib 0.12 does not write it as an instruction."""
+    whole, mark, index = name.rpartition('#')
+    if mark and name not in body:
+        _add_element(body, whole)
+        shape = _element(body[whole].shape, int(index))
+        body[name] = Instruction(name, shape, 'get-tuple-element', [whole], f'%{whole}), index={index}', False)
+
+
+def _element(shape: str, index: int) -> str:
+    """The shape of a tuple's element.
+
+    >>> _element('(f32[2,3]{1,0:T(8,128)}, (s32[], /*index=5*/u8[4]))', 1)
+    '(s32[], /*index=5*/u8[4])'
+    """
+    depth, elements = 0, ['']
+    for character in shape[1:-1]:
+        depth += (character in '({[') - (character in ')}]')
+        if character == ',' and not depth:
+            elements.append('')
+        else:
+            elements[-1] += character
+    return elements[index].strip()
+
+
+def read_memory(report: str) -> tuple[int, int]:
+    """Bytes that buffer assignment gives a program in device memory and in host memory, from the compiler's memory usage report.
+
+    Device memory is memory space 0, arguments included. Offloaded buffers are in space 5 (`S(5)` in a layout).
+    """
+    spaces = dict(re.findall(r'^Memory Space: .*\(color=(\d+)\)\nTotal bytes: (\d+)', report, re.MULTILINE))
+    return int(spaces['0']), int(spaces.get(str(HOST_SPACE), 0))
 
 
 def arrays_of(shape: str) -> list[tuple[str, list[int], bool]]:
     """(dtype, dimensions, whether in host memory) of each array of a shape."""
     found = re.findall(r'\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?', shape)
-    return [(dtype, [int(n) for n in dims.split(',') if n], 'S(5)' in layout) for dtype, dims, layout in found if dtype in SIZES]
+    return [
+        (dtype, [int(n) for n in dims.split(',') if n], f'S({HOST_SPACE})' in layout)
+        for dtype, dims, layout in found
+        if dtype in SIZES
+    ]
 
 
 def bytes_of(shape: str) -> int:
@@ -100,8 +141,8 @@ class Module:
     """
 
     def __init__(self, text: str):
-        self.computations, self.entry = _parse(text)
-        self.named = {name: {i.name: i for i in body} for name, body in self.computations.items()}
+        self.named, self.entry = _parse(text)
+        self.computations = {name: list(body.values()) for name, body in self.named.items()}
         self._inside: dict[str, tuple[list[Collective], str]] = {}
 
     def operand(self, computation: str, i: Instruction, index: int) -> Instruction | None:
@@ -158,7 +199,7 @@ class Module:
             return 0
         shapes = [self.named[computation][name].shape for name in i.operands if name in self.named[computation]]
         arrays = [dims for shape in shapes for dtype, dims, _ in arrays_of(shape) if dtype in ('bf16', 'f32') and len(dims) >= 3]
-        arrays = [dims for dims in arrays if dims[-2] >= 128 and dims[-1] >= 32]
+        arrays = [dims for dims in arrays if dims[-2] >= 128]
         queries = max(arrays, key=math.prod)
         keys = max(dims[-2] for dims in arrays if dims[-1] == queries[-1])
         outputs = [dims for _, dims, _ in arrays_of(i.shape) if len(dims) >= 3 and dims[-1] == queries[-1] and dims[-2] >= 128]
