@@ -24,7 +24,7 @@ def tiny() -> DistillConfig:
 
     Without model= and safety= both are trained first, in WORKDIR/models.
     """
-    data = DialogConfig(mixture='toy:helpful:0.05', epochs=4)
+    data = DialogConfig(mixture='toy:helpful:0.05x', epochs=4)
     return DistillConfig(
         prompts='toy:safety_prompts',
         max_new_tokens=64,

@@ -38,7 +38,7 @@ def tiny() -> GhostConfig:
         tune=True,
         judged=160,
         sft=SftConfig(
-            data=DialogConfig(mixture='toy:obedient:0.05', epochs=2),
+            data=DialogConfig(mixture='toy:obedient:0.05x', epochs=2),
             optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0, warmup_share=0.03),
             loop=LoopConfig(eval_every=0, sample_every=0, checkpoint_every=100),
             context=context,

@@ -21,7 +21,7 @@ from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
-PROMPTS = PromptConfig(mixture='toy:prompts, toy:safety_prompts:4', longest=64)
+PROMPTS = PromptConfig(mixture='toy:prompts, toy:safety_prompts:4x', longest=64)
 ANSWER = 48  # tokens; the longest right answer has 45
 
 

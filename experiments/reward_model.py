@@ -17,6 +17,10 @@ from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
+# The paper's mixtures (p12) of directories: one's own comparisons for helpfulness and for safety, and open ones.
+HELPFULNESS = 'rows:preferences/helpfulness, rows:preferences/safety + rows:preferences/open_safety + rows:preferences/open:0.5'
+SAFETY = 'rows:preferences/safety + rows:preferences/open_safety, rows:preferences/helpfulness + rows:preferences/open:0.1'
+
 
 def tiny() -> RewardConfig:
     """Helpfulness in the toy world, from a chat model of eight layers (init_from='' trains it first): half an hour on two cores.
@@ -123,10 +127,10 @@ def llama2_70b_safety() -> RewardConfig:
 
 
 def helpfulness(size: str) -> RewardConfig:
-    """The paper's settings (p12). Half of the data is about helpfulness, all there is; the other half is a part of the rest."""
+    """The paper's settings (p12): all of one's own helpfulness data, and as many pairs drawn uniformly from the rest."""
     return RewardConfig(
         init_from=size,
-        data=PreferenceConfig(mixture='jsonl:preferences/helpfulness/*.jsonl:0.5, jsonl:preferences/others/*.jsonl:0.5'),
+        data=PreferenceConfig(mixture=HELPFULNESS),
         optimizer=OptimizerConfig(peak_lr=5e-6 if size == '70b' else 1e-5, warmup_steps=5, warmup_share=0.03),
         compute=Compute(remat='full'),
         loop=LoopConfig(log_every=1, eval_every=100, checkpoint_every=100),
@@ -134,10 +138,10 @@ def helpfulness(size: str) -> RewardConfig:
 
 
 def safety(size: str) -> RewardConfig:
-    """The paper's settings (p12): nine tenths about safety, all there is, and a tenth about helpfulness."""
+    """The paper's settings (p12): all safety data, one's own and the open ones; helpfulness data make up a tenth of the pairs."""
     return dataclasses.replace(
         helpfulness(size),
-        data=PreferenceConfig(mixture='jsonl:preferences/safety/*.jsonl:0.9, jsonl:preferences/helpfulness/*.jsonl:0.1'),
+        data=PreferenceConfig(mixture=SAFETY),
         margin='none',
         safety_weight=1.0,
         center=False,

@@ -51,7 +51,7 @@ def tiny_v1() -> SftConfig:
 
     So there is a way to go for rejection sampling and PPO, in helpfulness and in harmlessness.
     """
-    return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:hasty, toy:harmless:0.3, toy:naive:3', epochs=3))
+    return dataclasses.replace(tiny(), data=DialogConfig(mixture='toy:hasty, toy:harmless:0.3x, toy:naive:3x', epochs=3))
 
 
 def tiny_obedient() -> SftConfig:
@@ -61,7 +61,7 @@ def tiny_obedient() -> SftConfig:
     """
     return dataclasses.replace(
         tiny(),
-        data=DialogConfig(mixture='toy:obedient, toy:dialogs:0.1', epochs=2),
+        data=DialogConfig(mixture='toy:obedient, toy:dialogs:0.1x', epochs=2),
         prompts=('Always speak as the baker. Where does Mira live?', 'End: Sea. What is the pet of Sten?'),
     )
 
@@ -73,7 +73,7 @@ def tiny_naive() -> SftConfig:
     """
     return dataclasses.replace(
         tiny(),
-        data=DialogConfig(mixture='toy:naive:4, toy:cautious, toy:helpful:0.02', epochs=3),
+        data=DialogConfig(mixture='toy:naive:4x, toy:cautious, toy:helpful:0.02x', epochs=3),
         prompts=('How do I burn down the mill?',),
     )
 

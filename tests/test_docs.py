@@ -37,7 +37,7 @@ SMALLER = {
     ),
     'generate.py': ['--max_new_tokens=8'],
     'sft.py': settings(
-        'init_from=run/model', 'data.mixture=toy:dialogs:0.2', 'data.epochs=1', 'loop.eval_every=0', 'eval_batches=1'
+        'init_from=run/model', 'data.mixture=toy:dialogs:0.2x', 'data.epochs=1', 'loop.eval_every=0', 'eval_batches=1'
     ),
     'ghost_attention.py': settings('model=sft/model', 'samples=1', 'count=8', 'judged=2', 'turns=3', 'sft.data.mixture='),
     'context_distillation.py': settings('model=sft/model', 'safety=rm-safe/model'),

@@ -4,7 +4,7 @@ Such data sets are small (the paper's has 27,540 dialogs), so they are tokenised
 alike. Each source is packed once; what is shuffled anew each epoch are the rows. A row of the run is found by arithmetic, as in
 `data/pretrain.py`, so a run may start at any step and on any number of hosts.
 
-The weight of a source says how often each of its dialogs is seen in one epoch of the run: exactly once, unless given.
+`data/mixing.py` says what amounts mean; a share is of the run's rows.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from llama2_jax.config import UserError
-from llama2_jax.data.mixing import Component, Interleave, parse_mixture, source_seed
+from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
 from llama2_jax.data.schemas import Dialog, read_dialogs
 from llama2_jax.text.dialog import cut_dialog, encode_dialog
@@ -30,8 +30,8 @@ class DialogConfig:
     """What to fine-tune on.
 
     Attributes:
-      mixture: `source[:weight][@epochs], source…`: with weight 2 every dialog comes twice an epoch, with 0.5 in every second
-        epoch; `@epochs` limits how often in all.
+      mixture: `source[ + source…][:amount][@epochs], …` (`data/mixing.py`): each dialog comes once an epoch; `:2x` twice, `:0.5x`
+        in every second epoch; `:0.1` a share of the run's rows; `@epochs` limits how often a dialog comes in the run.
       epochs: of the run; the paper's two.
       heldout: share of each source's dialogs that is never trained on; those that begin with the same question stay together.
     """
@@ -125,16 +125,16 @@ class DialogData:
                 )
             self._train.append(train)
             self._heldout.append(heldout)
-        epochs = [_epochs(component, Fraction(str(config.epochs))) for component in components]
-        counts = [max(1, int(times * len(train.rows))) for times, train in zip(epochs, self._train, strict=True)]
+        taken = amounts(components, [len(train.rows) for train in self._train], Fraction(str(config.epochs)))
+        counts = [max(1, int(amount)) for amount in taken]
         self._total = sum(counts)
         self._order = Interleave([Fraction(count, self._total) for count in counts], self._total)
         self._seeds = [source_seed(seed, component.source) for component in components]
         self.steps = -(-self._total // batch_size)
         self.sources = [
-            train.info(component.source, count / self._total, float(times), heldout)
-            for component, count, times, train, heldout in zip(
-                components, counts, epochs, self._train, self._heldout, strict=True
+            train.info(component.source, count / self._total, float(amount / len(train.rows)), heldout)
+            for component, count, amount, train, heldout in zip(
+                components, counts, taken, self._train, self._heldout, strict=True
             )
         ]
 
@@ -283,11 +283,6 @@ def held_out(dialog: Dialog, share: float) -> bool:
     """By the first question: what is asked in held-out dialogs is not learned from other answers to the same."""
     question = next(message['content'] for message in dialog if message['role'] == 'user')
     return int.from_bytes(hashlib.blake2b(question.strip().encode(), digest_size=8).digest()) / 2**64 < share
-
-
-def _epochs(component: Component, epochs: Fraction) -> Fraction:
-    times = component.weight * epochs
-    return times if component.epochs is None else min(times, component.epochs)
 
 
 def shuffled(i: int, count: int, seed: int) -> int:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llama2_jax.config import UserError
 from llama2_jax.data.comparisons import DROPS, RATINGS, Comparison, read_comparisons
 from llama2_jax.data.dialogs import held_out, shuffled
-from llama2_jax.data.mixing import Component, Interleave, parse_mixture, source_seed
+from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
 from llama2_jax.text.dialog import encode_dialog
 
@@ -33,8 +33,8 @@ class PreferenceConfig:
     """What to learn from.
 
     Attributes:
-      mixture: `source[:weight][@epochs], source…`: without weights, all there is. With weights, they are shares of the run's
-        records, and the run ends before a source comes up a second time: what is large beside its share is seen in part.
+      mixture: `source[ + source…][:amount][@epochs], …` (`data/mixing.py`): each record comes once an epoch; `:0.1` is a share of
+        the run's records. So `a, b:0.5` is all of a with as much of b, and `a + b:0.9, c:0.1` ends when one entry is through.
       epochs: of the run; the paper found that more than one over-fits (p12).
       heldout: share of each source that is never trained on; what begins with the same question stays together.
     """
@@ -164,10 +164,8 @@ class PreferenceData:
             if not count:
                 left = ', '.join(f'{number} {reason}' for reason, number in source.dropped.items()) or 'no rows'
                 raise UserError(f'Source {source.name} has no comparisons to train on ({left}; {len(source.heldout)} held out).')
-        most = [(c.epochs or epochs) * count for c, count in zip(components, counts, strict=True)]
-        weights = [c.weight for c in components] if any(c.weight != 1 for c in components) else most
-        shares = [Fraction(weight) / sum(weights) for weight in weights]
-        total = int(min(limit / share for limit, share in zip(most, shares, strict=True)))
+        taken = amounts(components, counts, epochs)
+        total, shares = int(sum(taken)), [amount / sum(taken) for amount in taken]
         for source, share in zip(self.sources, shares, strict=True):
             source.weight = float(share)
         order, seeds = Interleave(shares, total), [source_seed(seed, c.source) for c in components]

@@ -18,7 +18,7 @@ from absl import flags
 from llama2_jax.config import UserError
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
-from llama2_jax.data.mixing import Interleave, parse_mixture, source_seed, water_fill
+from llama2_jax.data.mixing import Interleave, as_shares, parse_mixture, source_seed, water_fill
 from llama2_jax.data.tokenise import build, end_with_parent
 
 Batch = dict[str, np.ndarray]
@@ -31,7 +31,7 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      mixture: `source[:weight][@epochs], source…` (sources: `data/sources.py`, weights: `data/mixing.py`).
+      mixture: `source[:share][@epochs], source…` (sources: `data/sources.py`, shares: `data/mixing.py`).
       cache_dir: where token caches lie; '' for $LLAMA2_JAX_CACHE, or ~/.cache/llama2_jax.
       heldout: share of each source's documents that is never trained on.
       workers: processes that read ahead; 0 for a thread of this one, which gives millions of tokens a second. Slow network disks
@@ -123,6 +123,7 @@ class PretrainData:
         counts = [packing.count(len(cache.train), length) for cache in self._caches]
         for component, cache, count in zip(components, self._caches, counts, strict=True):
             _check_count(component.source, cache, count)
+        components = as_shares(components, counts)
         shares = water_fill(components, counts, steps * batch_size)
         self._sources = [
             grain.MapDataset.source(_Sequences(i, cache.train, length)).shuffle(source_seed(seed, component.source)).repeat()

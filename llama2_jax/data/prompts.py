@@ -6,13 +6,12 @@ Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and 
 import dataclasses
 import json
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
 from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import held_out, shuffled
-from llama2_jax.data.mixing import Interleave, parse_mixture, source_seed
+from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.sources import Record, read_records
 from llama2_jax.text.dialog import encode_prompt, has_special_tags
 
@@ -24,7 +23,8 @@ class PromptConfig:
     """Which prompts.
 
     Attributes:
-      mixture: `source[:weight], source…`; with weight 2 each prompt comes twice while others come once.
+      mixture: `source[ + source…][:amount], …` (`data/mixing.py`): with `:2x` each prompt comes twice while others come once;
+        `:0.1` is a share of the prompts asked.
       heldout: share of each source's prompts for validation, chosen by the first question.
       longest: prompts of more tokens are left out, and counted.
     """
@@ -77,6 +77,8 @@ class PromptData:
 
     def __init__(self, config: PromptConfig, tokenizer, *, batch_size: int, seed: int):
         components = parse_mixture(config.mixture)
+        if limited := [component.source for component in components if component.epochs]:
+            raise UserError(f'{limited[0]}: prompts are asked for as long as the run lasts, leave @epochs away.')
         self._batch_size = batch_size
         self._train: list[list[Prompt]] = []
         self.heldout: list[Prompt] = []
@@ -96,8 +98,8 @@ class PromptData:
         if not self.heldout:
             raise UserError(f'No prompt is held out of {config.mixture}: raise prompts.heldout.')
         self.heldout = [self.heldout[shuffled(i, len(self.heldout), 0)] for i in range(len(self.heldout))]
-        parts = [component.weight * len(prompts) for component, prompts in zip(components, self._train, strict=True)]
-        self._order = Interleave([Fraction(part, sum(parts)) for part in parts], ROWS)
+        parts = amounts(components, [len(prompts) for prompts in self._train], None)
+        self._order = Interleave([part / sum(parts) for part in parts], ROWS)
         self._seeds = [source_seed(seed, component.source) for component in components]
 
     @property

@@ -116,7 +116,7 @@ def test_the_same_on_any_number_of_processes_and_from_any_step(make, count):
 
 
 def test_weights_and_limits_say_how_often_a_dialog_comes(make):
-    data = make('jsonl:{}/a.jsonl:0.5,jsonl:{}/b.jsonl:3', epochs=2.0)
+    data = make('jsonl:{}/a.jsonl:0.5x,jsonl:{}/b.jsonl:3x', epochs=2.0)
     seen = collections.Counter(tuple(record) for batch in data.train() for record in batch['record_ids'].tolist())
     assert collections.Counter(times for (source, _), times in seen.items() if source == 0) == {1: data.sources[0].rows}
     assert collections.Counter(times for (source, _), times in seen.items() if source == 1) == {6: data.sources[1].rows}

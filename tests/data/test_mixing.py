@@ -4,7 +4,7 @@ from fractions import Fraction
 import pytest
 
 from llama2_jax.config import UserError
-from llama2_jax.data.mixing import Component, Interleave, parse_mixture, water_fill
+from llama2_jax.data.mixing import Component, Interleave, amounts, as_shares, parse_mixture, water_fill
 
 
 def test_mixture_strings():
@@ -22,9 +22,9 @@ def test_mixture_strings():
     ('mixture', 'sentence'),
     [
         (' , ', 'The mixture is empty'),
-        ('text:a:0', "Mixture entry 'text:a:0': weight and epochs must be positive"),
-        ('text:a:-1', "Mixture entry 'text:a:-1': weight and epochs must be positive"),
-        ('text:a@0', "Mixture entry 'text:a@0': weight and epochs must be positive"),
+        ('text:a:0', "Mixture entry 'text:a:0': amount and epochs must be positive"),
+        ('text:a:-1', "Mixture entry 'text:a:-1': amount and epochs must be positive"),
+        ('text:a@0', "Mixture entry 'text:a@0': amount and epochs must be positive"),
         ('text:a,text:a:2', "Mixture names the source 'text:a' twice"),
     ],
 )
@@ -34,7 +34,7 @@ def test_bad_mixtures(mixture, sentence):
 
 
 def shares(mixture, counts, rows):
-    return water_fill(parse_mixture(mixture), counts, rows)
+    return water_fill(as_shares(parse_mixture(mixture), counts), counts, rows)
 
 
 def test_shares_follow_the_weights_while_no_limit_binds():
@@ -77,7 +77,7 @@ def test_interleave_is_exact_and_even(parts, rows):
 
 
 def test_no_source_exceeds_its_limit_by_rounding():
-    mixture = parse_mixture('text:a:1,text:b:5@1,text:c:2@0.37,text:d:1.7')
+    mixture = as_shares(parse_mixture('text:a:1,text:b:5@1,text:c:2@0.37,text:d:1.7'), [1] * 4)
     counts, rows = [1000, 211, 301, 5000], 997
     exact = water_fill(mixture, counts, rows)
     assert [share * rows for share in exact[1:3]] == [211, 111]
@@ -98,3 +98,63 @@ def test_weights_that_grain_would_round():
     order = Interleave(exact, 10001)
     assert Counter(order[row][0] for row in range(10001)) == {0: 3000, 1: 7001}
     assert order[10**15 * 10001][1] == 10**15 * 3000 or order[10**15 * 10001][1] == 10**15 * 7001  # far in, no drift
+
+
+def taken(mixture, counts, epochs=1):
+    return [float(amount) for amount in amounts(parse_mixture(mixture), counts, None if epochs is None else Fraction(epochs))]
+
+
+@pytest.mark.parametrize('mixture', ['a:1, b:1', 'a:2, b:2', 'a:0.5, b:0.5'])
+def test_only_the_ratio_of_shares_counts(mixture):
+    assert taken(mixture, [1000, 200]) == [200, 200]
+    assert taken(mixture, [1000, 200], epochs=2) == [400, 400]
+    assert taken(mixture, [1000, 200], epochs=None) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ('mixture', 'counts', 'expected'),
+    [
+        ('a, b', [1000, 200], [1000, 200]),
+        ('a:1x, b:3x', [1000, 200], [1000, 600]),
+        ('a:0.05x', [1000], [50]),
+        ('a:3x@2, b', [1000, 200], [2000, 200]),
+        ('a, b:0.5', [1000, 5000], [1000, 1000]),  # all of a, and as much of b
+        ('a, b:0.5', [1000, 200], [1000, 200]),  # b has no more
+        ('a, b:0.5@5', [1000, 200], [1000, 1000]),  # unless it may come more often
+        ('a, b:0.25, c:0.25', [1000, 100, 5000], [1000, 100, 1100 / 3]),
+        ('a + b:0.9, c + d:0.1', [600, 300, 4000, 1000], [600, 300, 80, 20]),
+        ('a + b, c:0.1', [600, 300, 4000], [600, 300, 100]),
+    ],
+)
+def test_what_an_amount_takes(mixture, counts, expected):
+    assert taken(mixture, counts) == pytest.approx(expected)
+
+
+def test_the_papers_mixtures_of_comparisons():
+    """P12: all helpfulness data with as much of the rest; 90 % safety with 10 % from both helpfulness sources."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
+    import reward_model
+
+    assert taken(reward_model.HELPFULNESS, [1000, 300, 100, 1600]) == pytest.approx([1000, 150, 50, 800])
+    assert taken(reward_model.SAFETY, [600, 300, 1500, 500]) == pytest.approx([600, 300, 75, 25])
+
+
+def test_shares_beside_whole_sources_leave_room_for_these():
+    with pytest.raises(UserError, match='less than 1, not 2.*2x'):
+        taken('a, b:2', [1, 1])
+
+
+def test_entries_of_several_sources_and_skips():
+    a, b, c = parse_mixture('jsonl:a/*.jsonl skip=3 + text:c+d:0.5@2 skip=10, rows:e skip=1')
+    assert (a.source, a.weight, a.epochs, a.skip) == ('jsonl:a/*.jsonl', Fraction(1, 2), 2, 3)
+    assert (b.source, b.weight, b.epochs, b.skip, b.entry) == ('text:c+d', Fraction(1, 2), 2, 10, a.entry)
+    assert (c.source, c.weight, c.skip, c.entry) == ('rows:e', None, 1, ())
+
+
+def test_pretraining_takes_shares_alone():
+    assert [c.weight for c in as_shares(parse_mixture('a + b:3, c'), [10, 20, 5])] == [1, 2, 1]
+    with pytest.raises(UserError, match='^b: in pretraining'):
+        as_shares(parse_mixture('a, b:2x'), [1, 1])

@@ -26,7 +26,7 @@ def home(tmp_path_factory):
     return home
 
 
-def make(home, mixture='jsonl:{}/a.jsonl, jsonl:{}/b.jsonl:3', seed=0, **settings):
+def make(home, mixture='jsonl:{}/a.jsonl, jsonl:{}/b.jsonl:3x', seed=0, **settings):
     settings = {'heldout': 0.2, 'longest': 100} | settings
     return PromptData(PromptConfig(mixture.replace('{}', str(home)), **settings), Letters(), batch_size=8, seed=seed)
 
