@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,28 +16,77 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: the text is the one sentence they see, without a traceback."""
 
 
+def between(default: Any, low: float, high: float = math.inf) -> Any:
+    """A field of a config that holds a number, or several; `check_field` refuses values outside of `low`..`high`."""
+    return dataclasses.field(default=default, metadata={'range': (low, high)})
+
+
+SEED = between(0, 0, 2**32 - 1)  # the seeds that all generators of random numbers take
+
+
+def check_field(label: str, value: Any, field: dataclasses.Field) -> None:
+    """Checks a value against a field's type and range, which is that of `between`, else from 0 on; errors as of `check_value`."""
+    kind, several = field.type, typing.get_origin(field.type) is tuple
+    kind = typing.get_args(kind)[0] if several else kind
+    if kind in (int, float, bool, str):
+        for number in value if several else (value,):
+            check_value(label, number, kind, *field.metadata.get('range', (0, math.inf)))
+
+
+def check_value(label: str, value: Any, kind: type, low: float = -math.inf, high: float = math.inf) -> None:
+    """Checks a value of a file or a command line.
+
+    Args:
+      label: What to call the value in the error: file and name.
+      value: Any JSON value.
+      kind: int, float (whole numbers pass), bool or str.
+      low, high: The smallest and largest number that is valid.
+
+    Raises:
+      UserError: The type differs, the number is NaN or infinite, or it is out of range.
+    """
+    if not isinstance(value, (int, float) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        name = {int: 'a whole number', float: 'a number', bool: 'true or false'}.get(kind, 'text')
+        raise UserError(f'{label} is {shown(value)}, not {name}.')
+    if kind in (int, float) and not (low <= value <= high and abs(value) < 2**63):
+        limits = f'a number from {low} to {high}' if high < math.inf else f'a finite number of at least {low}'
+        raise UserError(f'{label} is {shown(value)}, not {limits}.')
+
+
+def shown(value: Any, size: int = 80) -> str:
+    """A value of a file that is not ours, for an error: short, with control characters escaped."""
+    text = repr(value)
+    return text if len(text) <= size else f'{text[:size]}…'
+
+
+class Config:
+    """The base of all dataclasses of settings: one is made only if every number is in the range of its field."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_field(field.name, getattr(self, field.name), field)
+
+
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """The shape of one LLaMA 2 model; letters as in `model/llama.py`.
 
     Values: paper p6 Table 1 (context, grouped queries) and LLaMA 1 Table 2 (the rest).
     """
 
-    vocab_size: int = 32_000  # V
-    dim: int = 4096  # D
-    layers: int = 32  # N
-    heads: int = 32  # H
-    kv_heads: int = 32  # G
-    head_dim: int = 128  # K
-    hidden: int = 11_008  # F
-    context: int = 4096  # the longest sequence the model is trained for
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    vocab_size: int = between(32_000, 1, 2**24)  # V
+    dim: int = between(4096, 1, 2**20)  # D
+    layers: int = between(32, 1, 10_000)  # N
+    heads: int = between(32, 1, 2**16)  # H
+    kv_heads: int = between(32, 1, 2**16)  # G
+    head_dim: int = between(128, 1, 2**16)  # K
+    hidden: int = between(11_008, 1, 2**22)  # F
+    context: int = between(4096, 1, 2**27)  # the longest sequence the model is trained for
+    norm_eps: float = between(1e-5, 1e-30, 1.0)
+    rope_theta: float = between(10_000.0, 1.0, 1e15)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f'model.{field.name} must be positive, not {getattr(self, field.name)}.')
+        super().__post_init__()
         if self.heads % self.kv_heads:
             raise UserError(f'model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}.')
         if self.head_dim % 2:
@@ -85,7 +135,7 @@ MODELS: Mapping[str, ModelConfig] = types.MappingProxyType(
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence's tail that helps after an unknown name: the nearest valid one, or all of them."""
     choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], choices, n=1, cutoff=0.5)
     return f'did you mean {close[0]!r}?' if close else f'valid: {", ".join(choices)}.'
 
 
@@ -120,6 +170,8 @@ def _note(config: Any, path: list[str], text: str, whole: str, changes: dict[str
         raise UserError(f'--set {whole}: {name!r} is a value and has no field {rest[0]!r}.')
     else:
         changes[name] = _parse(text, hints[name], whole)
+        if isinstance(config, Config):
+            check_field(f'--set {whole}', changes[name], type(config).__dataclass_fields__[name])
 
 
 def _replace(config: T, changes: dict[str, Any]) -> T:
@@ -159,15 +211,18 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises:
       UserError: for unknown or missing fields, or a value of another type.
     """
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise UserError(f'{where}: unknown field {unknown[0]!r}; {nearest(unknown[0], hints)}')
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(values, Mapping):
+        raise UserError(f'{where}: {shown(values)} is not an object with the fields of a {cls.__name__}.')
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise UserError(f'{where}: unknown field {shown(unknown[0])}; {nearest(unknown[0], fields)}')
     missing_value = dataclasses.MISSING
-    required = {f.name for f in dataclasses.fields(cls) if f.default is missing_value and f.default_factory is missing_value}
+    required = {name for name, f in fields.items() if f.default is missing_value and f.default_factory is missing_value}
     if missing := sorted(required - values.keys()):
         raise UserError(f'{where}: field {missing[0]!r} is missing.')
     for name, value in values.items():
-        accepted = (int, float) if hints[name] is float else hints[name]
-        if not isinstance(value, accepted) or (isinstance(value, bool) and hints[name] is not bool):
-            raise UserError(f'{where}: field {name!r} is {value!r}, not of type {hints[name].__name__}.')
-    return cls(**values)
+        check_field(f'{where}: field {name!r}', value, fields[name])
+    try:
+        return cls(**values)
+    except UserError as error:  # what fields demand of each other
+        raise UserError(f'{where}: {error}') from None

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import Config, ModelConfig, UserError, between
 
 AXES = ('replica', 'fsdp', 'sequence', 'tensor')
 BATCH_AXES = ('replica', 'fsdp')
@@ -59,13 +59,13 @@ def tables() -> tuple[Table, Table]:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Config):
     """Sizes of the mesh axes; one may be -1: whatever the devices leave."""
 
-    replica: int = 1
-    fsdp: int = -1
-    sequence: int = 1
-    tensor: int = 1
+    replica: int = between(1, -1, 2**20)
+    fsdp: int = between(-1, -1, 2**20)
+    sequence: int = between(1, -1, 2**20)
+    tensor: int = between(1, -1, 2**20)
 
     def sizes(self, devices: int) -> tuple[int, ...]:
         """The four sizes for this many devices.

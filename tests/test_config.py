@@ -1,12 +1,16 @@
 import dataclasses
 import json
 import re
+import runpy
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from llama2_jax.config import MODELS, ModelConfig, UserError, from_dict, hidden_size, nearest, override, to_json
 from llama2_jax.mesh import MeshConfig
+
+EXPERIMENTS = Path(__file__).parents[1] / 'experiments'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def test_nearest():
 @pytest.mark.parametrize(
     ('values', 'message'),
     [
-        ({'dim': 0}, 'model.dim must be positive, not 0.'),
+        ({'dim': 0}, 'dim is 0, not a number from 1 to 1048576.'),
         ({'heads': 6, 'kv_heads': 4}, 'model.heads=6 is not a multiple of model.kv_heads=4.'),
         ({'head_dim': 7}, 'model.head_dim=7 must be even: RoPE rotates its two halves.'),
     ],
@@ -114,9 +118,9 @@ class Flat:
     [
         ({'count': 1, 'rat': 2}, "f.json: unknown field 'rat'; did you mean 'rate'?"),
         ({'rate': 2}, "f.json: field 'count' is missing."),
-        ({'count': '1'}, "f.json: field 'count' is '1', not of type int."),
-        ({'count': True}, "f.json: field 'count' is True, not of type int."),
-        ({'count': 1.5}, "f.json: field 'count' is 1.5, not of type int."),
+        ({'count': '1'}, "f.json: field 'count' is '1', not a whole number."),
+        ({'count': True}, "f.json: field 'count' is True, not a whole number."),
+        ({'count': 1.5}, "f.json: field 'count' is 1.5, not a whole number."),
     ],
 )
 def test_bad_json_is_one_sentence(values, message):
@@ -142,3 +146,30 @@ def test_feed_forward_widths():
 def test_meshes_that_do_not_fit(config, message):
     with pytest.raises(UserError, match=f'^{re.escape(message)}$'):
         config.sizes(8)
+
+
+STAGES = ('train_tokenizer', 'pretrain', 'sft', 'reward_model', 'rejection_sampling', 'ppo', 'rlhf', 'ghost_attention')
+STAGES += ('context_distillation', 'collect_preferences')
+
+
+def numbers(config, prefix=''):
+    """The dotted path and type of every number in a config."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers(value, f'{prefix}{field.name}.')
+        elif field.type in (int, float):
+            yield prefix + field.name, field.type
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_every_number_of_a_stage_has_a_range(stage, monkeypatch):
+    """No setting can be NaN, infinite, far below 0 or beyond what arrays count with; the error names it by its whole path."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    preset = runpy.run_path(str(EXPERIMENTS / f'{stage}.py'))['PRESETS']['tiny']()
+    found = list(numbers(preset))
+    assert found
+    for path, kind in found:
+        for value in ('-2', str(2**80)) if kind is int else ('-2', 'nan', 'inf'):
+            with pytest.raises(UserError, match=f'^--set {re.escape(path)} is '):
+                override(preset, [f'{path}={value}'])

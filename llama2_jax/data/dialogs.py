@@ -16,7 +16,7 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
 from llama2_jax.data.schemas import Dialog, read_dialogs
@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class DialogConfig:
+class DialogConfig(Config):
     """What to fine-tune on.
 
     Attributes:
@@ -37,14 +37,8 @@ class DialogConfig:
     """
 
     mixture: str = 'toy:dialogs'
-    epochs: float = 2.0
-    heldout: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not self.epochs > 0:
-            raise UserError(f'data.epochs must be positive, it is {self.epochs}.')
-        if not 0 <= self.heldout < 1:
-            raise UserError(f'data.heldout must be at least 0 and less than 1, not {self.heldout}.')
+    epochs: float = between(2.0, 1e-6)
+    heldout: float = between(0.01, 0, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)

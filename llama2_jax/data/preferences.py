@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.data.comparisons import DROPS, RATINGS, Comparison, read_comparisons
 from llama2_jax.data.dialogs import held_out, shuffled
 from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
@@ -29,7 +29,7 @@ UNKNOWN = -1  # whether an answer is safe: 1, 0, or this
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(Config):
     """What to learn from.
 
     Attributes:
@@ -40,14 +40,8 @@ class PreferenceConfig:
     """
 
     mixture: str = 'toy:preferences'
-    epochs: float = 1.0
-    heldout: float = 0.02
-
-    def __post_init__(self) -> None:
-        if not self.epochs > 0:
-            raise UserError(f'data.epochs must be positive, it is {self.epochs}.')
-        if not 0 <= self.heldout < 1:
-            raise UserError(f'data.heldout must be at least 0 and less than 1, not {self.heldout}.')
+    epochs: float = between(1.0, 1e-6)
+    heldout: float = between(0.02, 0, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)

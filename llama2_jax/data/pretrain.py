@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
 from llama2_jax.data.mixing import Interleave, as_shares, parse_mixture, source_seed, water_fill
@@ -27,7 +27,7 @@ PREFETCH = 8  # batches
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config):
     """What to train on.
 
     Attributes:
@@ -41,15 +41,9 @@ class DataConfig:
 
     mixture: str = 'toy:documents'
     cache_dir: str = ''
-    heldout: float = 0.01
+    heldout: float = between(0.01, 0, 0.999)
     workers: int = 0
     mask_documents: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.heldout < 1:
-            raise UserError(f'data.heldout must be at least 0 and less than 1, not {self.heldout}.')
-        if self.workers < 0:
-            raise UserError(f'data.workers must not be negative, it is {self.workers}.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.data.dialogs import held_out, shuffled
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.sources import Record, read_records
@@ -19,7 +19,7 @@ ROWS = 2**40  # of a run, which need not know how long it will be
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(Config):
     """Which prompts.
 
     Attributes:
@@ -30,14 +30,8 @@ class PromptConfig:
     """
 
     mixture: str = 'toy:prompts'
-    heldout: float = 0.05
-    longest: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 0 < self.heldout < 1:
-            raise UserError(f'prompts.heldout must lie between 0 and 1, not at {self.heldout}.')
-        if self.longest < 1:
-            raise UserError(f'prompts.longest must be positive, not {self.longest}.')
+    heldout: float = between(0.05, 1e-6, 0.999)
+    longest: int = between(1024, 1)
 
 
 @dataclasses.dataclass(frozen=True)

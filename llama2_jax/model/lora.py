@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama2_jax.config import ModelConfig, UserError, nearest
+from llama2_jax.config import Config, ModelConfig, UserError, nearest
 from llama2_jax.mesh import parameter_name, parameter_spec
 from llama2_jax.model.llama import Llama, normal
 from llama2_jax.ops.linear import Adapted, Int8, quantize
@@ -23,7 +23,7 @@ MATRICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Config):
     """Adapters of every layer.
 
     Attributes:
@@ -39,8 +39,7 @@ class LoraConfig:
     int8: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f'lora.rank must be at least 0, not {self.rank}.')
+        super().__post_init__()
         for name in self.matrices:
             if name not in MATRICES:
                 raise UserError(f'lora.matrices: there is no {name!r}; {nearest(name, MATRICES)}')

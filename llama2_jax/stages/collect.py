@@ -16,7 +16,7 @@ from typing import Any, Literal
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.data.prompts import Prompt, different, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy import preferences
@@ -34,7 +34,7 @@ BLOCK = 64  # prompts that are answered and written together
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(Config):
     """What is asked, who answers, and who rates.
 
     Attributes:
@@ -51,21 +51,17 @@ class CollectConfig:
     models: tuple[str, ...] = ()
     prompts: str = ''
     count: int = 0
-    samples: int = 4
-    temperatures: tuple[float, ...] = (0.7, 1.0)
-    max_new_tokens: int = 512
-    decode_batch: int = 64
+    samples: int = between(4, 2)
+    temperatures: tuple[float, ...] = between((0.7, 1.0), 0, 100)
+    max_new_tokens: int = between(512, 1)
+    decode_batch: int = between(64, 1)
     raters: Literal['people', 'helpfulness', 'safety', 'biased'] = 'people'
-    seed: int = 0
+    seed: int = SEED
 
     def __post_init__(self) -> None:
-        for name in ('max_new_tokens', 'decode_batch'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
-        if self.samples < 2 or self.count < 0:
-            raise UserError('samples must be at least 2, to be compared, and count at least 0.')
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise UserError('temperatures names at least one, none of them negative.')
+        super().__post_init__()
+        if not self.temperatures:
+            raise UserError('temperatures is empty: name at least one.')
         if self.raters != 'people' and self.prompts and not self.prompts.startswith('toy:'):
             raise UserError(f'raters={self.raters} know the toy world only, and prompts={self.prompts} are of another.')
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
@@ -39,7 +39,7 @@ BLOCK = 64  # prompts that are sampled and written together
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Config):
     """A data set of distilled answers, and fine-tuning on it.
 
     Attributes:
@@ -58,20 +58,13 @@ class DistillConfig:
     prompts: str = ''
     templates: str = ''
     count: int = 0
-    samples: int = 4
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    decode_batch: int = 64
-    seed: int = 0
+    samples: int = between(4, 1)
+    max_new_tokens: int = between(512, 1)
+    temperature: float = between(1.0, 1e-3, 100)
+    decode_batch: int = between(64, 1)
+    seed: int = SEED
     tune: bool = False
     sft: SftConfig = SftConfig()
-
-    def __post_init__(self) -> None:
-        for name in ('samples', 'max_new_tokens', 'decode_batch'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
-        if self.count < 0 or self.temperature <= 0:
-            raise UserError('count must be at least 0, and temperature positive.')
 
 
 def run(config: DistillConfig, workdir: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.convert.load import open_model
 from llama2_jax.evals import report
 from llama2_jax.evals.ask import Asker
@@ -30,7 +30,7 @@ CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models an
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """What to measure, and how.
 
     Attributes:
@@ -61,7 +61,7 @@ class EvaluateConfig:
     truth_judge: str = ''
     info_judge: str = ''
     safety_judge: str = ''
-    batch_size: int = 32
+    batch_size: int = between(32, 1)
     int8: bool = False
     seed: int = 0
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
 from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
@@ -33,7 +33,7 @@ MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run
 
 
 @dataclasses.dataclass(frozen=True)
-class GhostConfig:
+class GhostConfig(Config):
     """A data set for Ghost Attention, and fine-tuning on it.
 
     Attributes:
@@ -59,29 +59,24 @@ class GhostConfig:
     dialogs: str = ''
     constraints: str = ''
     grader: str = 'mentions'
-    samples: int = 1
+    samples: int = between(1, 1)
     count: int = 0
-    cuts: int = 1
-    turns: int = 20
-    most: int = 3
-    terse_share: float = 0.5
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 0.9
-    batch_size: int = 32
+    cuts: int = between(1, 1)
+    turns: int = between(20, 2)
+    most: int = between(3, 1)
+    terse_share: float = between(0.5, 0, 1)
+    max_new_tokens: int = between(512, 1)
+    temperature: float = between(1.0, 0, 100)
+    top_p: float = between(0.9, 0, 1)
+    batch_size: int = between(32, 1)
     int8: bool = False
-    seed: int = 0
+    seed: int = SEED
     tune: bool = False
     judged: int = 100
     sft: SftConfig = SftConfig()
 
     def __post_init__(self) -> None:
-        least = {'turns': 2, 'most': 1, 'samples': 1, 'cuts': 1, 'max_new_tokens': 1, 'batch_size': 1, 'count': 0, 'judged': 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f'{name} must be at least {value}, not {getattr(self, name)}.')
-        if not 0 <= self.terse_share <= 1:
-            raise UserError(f'terse_share must be from 0 to 1, not {self.terse_share}.')
+        super().__post_init__()
         find_grader(self.grader)
 
 

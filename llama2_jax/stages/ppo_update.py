@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig, replicate, reshard
 from llama2_jax.model.llama import Compute, Llama
@@ -24,7 +24,7 @@ from llama2_jax.train.step import Batch, State, descend, init_state, microbatche
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Config):
     """A PPO run with the paper's settings (p15-16; recipe F.3). What it is silent about is said to be so.
 
     Attributes:
@@ -64,36 +64,33 @@ class PPOConfig:
     compute: Compute = Compute()
     mesh: MeshConfig = MeshConfig()
     lora: LoraConfig = LoraConfig()
-    iterations: int = 400
-    batch_size: int = 512
-    minibatch_size: int = 64
-    max_new_tokens: int = 1024
-    temperature: float = 1.0
-    samples: int = 1
+    iterations: int = between(400, 1)
+    batch_size: int = between(512, 1)
+    minibatch_size: int = between(64, 1)
+    max_new_tokens: int = between(1024, 1)
+    temperature: float = between(1.0, 1e-3, 100)
+    samples: int = between(1, 1)
     advantages: Literal['gae', 'rloo', 'grpo'] = 'gae'
     beta: float = 0.01
     kl_target: float = 0.0
-    kl_horizon: int = 10_000
-    gamma: float = 1.0
-    lam: float = 0.95
+    kl_horizon: int = between(10_000, 1)
+    gamma: float = between(1.0, 0, 1)
+    lam: float = between(0.95, 0, 1)
     clip: float = 0.2
     value_clip: float = 0.2
-    decode_batch: int = 128
-    eval_every: int = 10
-    eval_prompts: int = 256
+    decode_batch: int = between(128, 1)
+    eval_every: int = between(10, 1)
+    eval_prompts: int = between(256, 1)
     patience: int = 0
     judge: str = ''
     alarms: Literal['warn', 'stop'] = 'warn'
-    checkpoint_every: int = 10
-    keep_last: int = 2
-    seed: int = 0
+    checkpoint_every: int = between(10, 1)
+    keep_last: int = between(2, 1)
+    seed: int = SEED
 
     def __post_init__(self) -> None:
-        positive = ('iterations', 'minibatch_size', 'max_new_tokens', 'temperature', 'samples', 'kl_horizon', 'decode_batch')
-        for name in (*positive, 'eval_every', 'eval_prompts', 'checkpoint_every', 'keep_last'):
-            if not getattr(self, name) > 0:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
-        if self.batch_size < 1 or self.batch_size % self.minibatch_size:
+        super().__post_init__()
+        if self.batch_size % self.minibatch_size:
             raise UserError(f'batch_size={self.batch_size} is not a multiple of minibatch_size={self.minibatch_size}.')
         if self.batch_size % self.samples:
             raise UserError(f'batch_size={self.batch_size} is not a multiple of samples={self.samples}.')

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard, set_mesh
@@ -32,7 +32,7 @@ MAY_CHANGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Config):
     """A pretraining run (paper p5-6; recipe C).
 
     Attributes:
@@ -52,18 +52,16 @@ class PretrainConfig:
     mesh: MeshConfig = MeshConfig()
     loop: LoopConfig = LoopConfig()
     tokenizer: str = ''
-    tokens: int = 2_000_000_000_000
-    batch_size: int = 1024
-    length: int = 4096
-    accumulation: int = 1
-    seed: int = 0
+    tokens: int = between(2_000_000_000_000, 1)
+    batch_size: int = between(1024, 1)
+    length: int = between(4096, 1)
+    accumulation: int = between(1, 1)
+    seed: int = SEED
     eval_batches: int = 8
     prompts: tuple[str, ...] = ('Once upon a time',)
 
     def __post_init__(self) -> None:
-        for name in ('tokens', 'batch_size', 'length', 'accumulation'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        super().__post_init__()
         if self.length > self.model.context:
             raise UserError(f'length={self.length} exceeds model.context={self.model.context}.')
         schedule(self.optimizer, self.steps)  # which says if the warm-up takes the whole run

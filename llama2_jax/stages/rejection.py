@@ -17,7 +17,7 @@ import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.convert.load import check_given, open_model
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
 from llama2_jax.files import save_figure, write_atomically
@@ -42,7 +42,7 @@ FILE_PROMPTS = 64  # in a file of samples
 
 
 @dataclasses.dataclass(frozen=True)
-class RejectionConfig:
+class RejectionConfig(Config):
     """A round of rejection sampling.
 
     Attributes:
@@ -64,23 +64,19 @@ class RejectionConfig:
     rewards: RewardsConfig = RewardsConfig()
     prompts: PromptConfig = PromptConfig()
     count: int = 0
-    samples: int = 20
-    temperatures: tuple[float, ...] = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
-    tune_prompts: int = 64
-    max_new_tokens: int = 1024
-    decode_batch: int = 128
+    samples: int = between(20, 1)
+    temperatures: tuple[float, ...] = between((0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5), 1e-3, 100)
+    tune_prompts: int = between(64, 1)
+    max_new_tokens: int = between(1024, 1)
+    decode_batch: int = between(128, 1)
     earlier: tuple[str, ...] = ()
     sft: SftConfig = SftConfig()
-    seed: int = 0
+    seed: int = SEED
 
     def __post_init__(self) -> None:
-        for name in ('samples', 'tune_prompts', 'max_new_tokens', 'decode_batch'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
-        if self.count < 0:
-            raise UserError(f'count must be at least 0, not {self.count}.')
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise UserError('temperatures names at least one, all of them positive.')
+        super().__post_init__()
+        if not self.temperatures:
+            raise UserError('temperatures is empty: name at least one.')
 
 
 def run(config: RejectionConfig, workdir: str) -> None:

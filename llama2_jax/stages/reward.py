@@ -12,7 +12,7 @@ from etils.epath import Path
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
 from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
@@ -42,7 +42,7 @@ DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Config):
     """A reward model with the paper's settings (p12).
 
     Attributes:
@@ -67,18 +67,11 @@ class RewardConfig:
     safety_weight: float = 0.0
     center: bool = True
     reference: str = ''
-    batch_size: int = 512
-    length: int = 8192
-    accumulation: int = 1
-    seed: int = 0
+    batch_size: int = between(512, 1)
+    length: int = between(8192, 1)
+    accumulation: int = between(1, 1)
+    seed: int = SEED
     eval_batches: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ('batch_size', 'length', 'accumulation'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
-        if self.safety_weight < 0:
-            raise UserError(f'safety_weight must be at least 0, not {self.safety_weight}.')
 
 
 def run(config: RewardConfig, workdir: str) -> State:

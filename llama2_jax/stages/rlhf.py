@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
@@ -47,7 +47,7 @@ Rates = dict[str, tuple[float, float]]  # a mean and half its 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
-class RlhfConfig:
+class RlhfConfig(Config):
     """The loop.
 
     Attributes:
@@ -64,17 +64,16 @@ class RlhfConfig:
     init_from: str = ''
     base: str = ''
     rewards: RewardsConfig = RewardsConfig()
-    versions: int = 5
+    versions: int = between(5, 1)
     rejection: RejectionConfig = RejectionConfig()
     ppo: PPOConfig = PPOConfig()
     collect: CollectConfig = CollectConfig()
     reward: RewardConfig = RewardConfig()
     evaluation: str = 'toy:heldout'
-    seed: int = 0
+    seed: int = SEED
 
     def __post_init__(self) -> None:
-        if self.versions < 1:
-            raise UserError(f'versions must be positive, not {self.versions}.')
+        super().__post_init__()
         if self.collect.raters != 'people' and not self.collect.prompts:
             raise UserError(f'collect.raters={self.collect.raters} need prompts: give them with --set collect.prompts=….')
 

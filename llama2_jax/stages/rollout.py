@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import Verdict, verdict
@@ -28,7 +28,7 @@ from llama2_jax.train.workdir import no_space_is_said
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardsConfig:
+class RewardsConfig(Config):
     """Two reward models, and how their scores become one (paper p15; recipe F.3).
 
     Attributes:
@@ -40,13 +40,9 @@ class RewardsConfig:
 
     helpfulness: str = ''
     safety: str = ''
-    threshold: float = 0.15
+    threshold: float = between(0.15, 1e-6, 1 - 1e-6)
     missing_eos_penalty: float = 1.0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise UserError(f'rewards.threshold must lie between 0 and 1, not at {self.threshold}.')
+    batch_size: int = between(64, 1)
 
 
 @dataclasses.dataclass(frozen=True)

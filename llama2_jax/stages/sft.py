@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
 from llama2_jax.convert.load import check_given, load_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import is_saved, save_model
 from llama2_jax.convert.peft import write_peft
@@ -43,7 +43,7 @@ DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
 
 
 @dataclasses.dataclass(frozen=True)
-class SftConfig:
+class SftConfig(Config):
     """A fine-tuning run with the paper's settings (p9); warm-up, betas, clipping and the cosine's end are recipe K's.
 
     Attributes:
@@ -68,19 +68,17 @@ class SftConfig:
     loop: LoopConfig = LoopConfig()
     lora: LoraConfig = LoraConfig()
     merge: bool = False
-    batch_size: int = 64
-    length: int = 4096
+    batch_size: int = between(64, 1)
+    length: int = between(4096, 1)
     context: int = 0
-    accumulation: int = 1
-    seed: int = 0
+    accumulation: int = between(1, 1)
+    seed: int = SEED
     eval_batches: int = 8
     prompts: tuple[str, ...] = ('What can you help me with?',)
     grade: bool = False
 
     def __post_init__(self) -> None:
-        for name in ('batch_size', 'length', 'accumulation'):
-            if getattr(self, name) < 1:
-                raise UserError(f'{name} must be positive, not {getattr(self, name)}.')
+        super().__post_init__()
         if self.merge and not self.lora.rank:
             raise UserError('merge=true needs adapters: set lora.rank.')
 

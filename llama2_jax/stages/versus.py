@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import UserError, nearest
+from llama2_jax.config import Config, UserError, between, nearest
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import cut_left
@@ -31,7 +31,7 @@ ASK_JUDGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class VersusConfig:
+class VersusConfig(Config):
     """Who competes, and who judges.
 
     Attributes:
@@ -48,11 +48,11 @@ class VersusConfig:
     judge: str
     output: str
     limit: int = 0
-    batch_size: int = 32
+    batch_size: int = between(32, 1)
     int8: bool = False
-    temperature: float = 0.6
-    top_p: float = 0.9
-    max_new_tokens: int = 1000
+    temperature: float = between(0.6, 0, 100)
+    top_p: float = between(0.9, 0, 1)
+    max_new_tokens: int = between(1000, 1)
     seed: int = 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.files import locate
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.train.checkpoint import Checkpoints, Tree
@@ -31,23 +31,17 @@ HELDOUT = 'heldout/loss'  # the evaluation that decides which checkpoint is best
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Config):
     """How often what happens, in steps; 0 is never, and the last step does everything. No result depends on these."""
 
-    log_every: int = 10
+    log_every: int = between(10, 1)
     eval_every: int = 500
     sample_every: int = 500
     checkpoint_every: int = 500  # a multiple of eval_every, or there is no best checkpoint to keep
-    keep_last: int = 3
+    keep_last: int = between(3, 1)
     keep_best: bool = True  # the checkpoint of the lowest held-out loss
     keep_every: int = 0
     skip_nonfinite: int = 0  # so many steps with a non-finite loss or gradient may be skipped, then the run stops
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            least = 1 if field.name in ('log_every', 'keep_last') else 0
-            if getattr(self, field.name) < least:
-                raise UserError(f'loop.{field.name} must be at least {least}, not {getattr(self, field.name)}.')
 
 
 def fit(

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama2_jax.config import UserError
+from llama2_jax.config import Config, UserError, between
 from llama2_jax.mesh import parameter_letters, parameter_name
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """AdamW, warm-up and cosine.
 
     Attributes:
@@ -24,15 +24,15 @@ class OptimizerConfig:
       clip: the global norm above which gradients are scaled down.
     """
 
-    peak_lr: float = 3e-4
-    final_lr: float = 0.1
+    peak_lr: float = between(3e-4, 0, 10)
+    final_lr: float = between(0.1, 0, 1)
     warmup_steps: int = 2000
-    warmup_share: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    warmup_share: float = between(0.0, 0, 1)
+    beta1: float = between(0.9, 0, 0.999_999)
+    beta2: float = between(0.95, 0, 0.999_999)
+    eps: float = between(1e-5, 0, 1)
+    weight_decay: float = between(0.1, 0, 1000)
+    clip: float = between(1.0, 1e-12)
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -42,7 +42,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       UserError: if warm-up takes the whole run.
     """
     warmup = max(config.warmup_steps, math.ceil(config.warmup_share * steps))
-    if not 0 <= config.warmup_steps <= warmup < steps:
+    if warmup >= steps:
         raise UserError(f'optimizer.warmup_steps={warmup} must be less than the {steps} steps of the run.')
     return optax.warmup_cosine_decay_schedule(
         0.0, config.peak_lr, warmup, decay_steps=steps, end_value=config.final_lr * config.peak_lr

@@ -185,9 +185,9 @@ def test_a_corrupt_record_is_named_while_training(make, workers, tmp_path):
 def test_bad_arguments(make, tmp_path):
     with pytest.raises(UserError, match=r'^A batch of 8 sequences cannot be divided among 3 processes\.$'):
         make(process_index=0, process_count=3)
-    with pytest.raises(UserError, match=r'^data\.heldout must be at least 0 and less than 1, not 1\.0\.$'):
+    with pytest.raises(UserError, match=r'^heldout is 1\.0'):
         make(heldout=1.0)
-    with pytest.raises(UserError, match=r'^data\.workers must not be negative, it is -1\.$'):
+    with pytest.raises(UserError, match='^workers is -1'):
         make(workers=-1)
     (tmp_path / 'empty.txt').write_text('\n<|endoftext|>\n \n')
     with pytest.raises(

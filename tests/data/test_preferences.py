@@ -159,9 +159,9 @@ def test_long_prompts_lose_their_oldest_turns(tmp_path):
             {'batch_size': 2, 'mixture': 'jsonl:{}/b.jsonl'},
             'b.jsonl:.* makes 3 pairs, which must stay in one batch',
         ),
-        ({'heldout': 0.9999999, 'mixture': 'jsonl:{}/b.jsonl'}, 'has no comparisons to train on .*; 20 held out'),
+        ({'heldout': 0.999, 'mixture': 'jsonl:{}/b.jsonl'}, 'has no comparisons to train on .*; 20 held out'),
         ({'mixture': 'toy:dialogs'}, 'toy:dialogs record 0 has the fields messages, which are no known format of preferences'),
-        ({'epochs': 0.0}, 'data.epochs must be positive'),
+        ({'epochs': 0.0}, 'epochs is 0.0'),
     ],
 )
 def test_mistakes(make, changes, message):

@@ -125,7 +125,7 @@ def test_peft_reads_them(tmp_path, matrices):
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'rank': -1}, 'lora.rank must be at least 0, not -1'),
+        ({'rank': -1}, 'rank is -1'),
         ({'rank': 1, 'matrices': ('q', 'gat')}, "lora.matrices: there is no 'gat'; did you mean 'gate'"),
         ({'rank': 1, 'matrices': ('q', 'q')}, 'lora.matrices names at least one matrix, and each once'),
     ],

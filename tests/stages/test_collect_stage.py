@@ -88,8 +88,8 @@ def test_people_get_answers_only(run):
     [
         ({'models': ()}, 'models is missing'),
         ({'prompts': ''}, 'prompts is missing'),
-        ({'samples': 1}, 'samples must be at least 2'),
-        ({'temperatures': ()}, 'temperatures names at least one'),
+        ({'samples': 1}, 'samples is 1'),
+        ({'temperatures': ()}, 'temperatures is empty'),
         ({'prompts': 'jsonl:p.jsonl'}, 'raters=helpfulness know the toy world only'),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_is_refused(run, tmp_path):
     for changes, message in (
         ({'model': ''}, 'model is missing'),
         ({'safety': ''}, 'safety is missing'),
-        ({'samples': 0}, 'samples must be positive'),
+        ({'samples': 0}, 'samples is 0'),
         ({'templates': f'jsonl:{tmp_path}/t.jsonl'}, r't\.jsonl:1 is no template'),
         ({'prompts': f'jsonl:{tmp_path}/plain.jsonl'}, "no adversarial prompts: rows with 'is_safety': true"),
     ):

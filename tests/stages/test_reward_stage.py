@@ -198,9 +198,9 @@ def test_mistakes_are_named(home, tmp_path, changes, message):
 
 
 def test_settings_out_of_range():
-    with pytest.raises(UserError, match='safety_weight must be at least 0, not -1'):
+    with pytest.raises(UserError, match='safety_weight is -1'):
         RewardConfig(safety_weight=-1)
-    with pytest.raises(UserError, match='length must be positive, not 0'):
+    with pytest.raises(UserError, match='length is 0'):
         RewardConfig(length=0)
 
 

@@ -222,7 +222,7 @@ def test_damaged_checkpoint_costs_some_steps_only(straight, tmp_path, capfd):
 
 @pytest.mark.parametrize(('field', 'value'), [('log_every', 0), ('keep_last', 0), ('eval_every', -1)])
 def test_loop_config_is_checked(field, value):
-    with pytest.raises(UserError, match=f'^loop.{field} must be at least {int(value == 0)}, not {value}.$'):
+    with pytest.raises(UserError, match=f'^{field} is {value}'):
         LoopConfig(**{field: value})
 
 
