@@ -51,6 +51,21 @@ def matching(directory: epath.Path, pattern: str) -> list[epath.Path]:
     return sorted(path for path in directory.iterdir() if fnmatch.fnmatch(path.name, pattern))
 
 
+def make_directory(path: str | os.PathLike) -> epath.Path:
+    """Makes an output directory, unless it is there.
+
+    Raises:
+      UserError: It cannot be made, such as below a file.
+    """
+    path = locate(path)
+    try:
+        with bucket_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'The directory {path} cannot be made: {error.strerror or error}. Give another one.') from error
+    return path
+
+
 def size_of(path: epath.Path) -> int:
     """Bytes of a file."""
     with path.open('rb') as file:

@@ -79,7 +79,8 @@ class Asker:
         tokenizer, how, prompt = self._engine.tokenizer, task.decoding, example.prompt
         chat = self.chat or not isinstance(prompt, str)
         if chat:
-            messages = [{'role': 'user', 'content': example.chat or prompt}] if isinstance(prompt, str) else prompt
+            question = prompt if task.shots else example.chat or prompt
+            messages = [{'role': 'user', 'content': question}] if isinstance(prompt, str) else prompt
             ids = encode_prompt(messages, tokenizer, f'{task.name} example {number}')
         else:
             ids = tokenizer.encode(prompt, bos=True, eos=False)

@@ -1,8 +1,9 @@
-"""Figures of many records: means, and intervals by the bootstrap."""
+"""Figures of many records: means, counts, and 95 % intervals: Wilson's of shares, by the bootstrap of other means."""
 
+import math
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,16 +13,47 @@ Record = Mapping[str, Any]
 
 def means(records: Sequence[Record]) -> dict[str, float]:
     """The mean of every measure, over the records that have it."""
-    names = dict.fromkeys(
-        name for record in records for name, value in record.items() if type(value) is float and name != 'prediction'
-    )
-    return {name: float(np.mean([record[name] for record in records if name in record])) for name in names}
+    return {name: float(np.mean(values)) for name, values in _values(records).items()}
 
 
-def by_group(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """The means of each group; none where there is but one."""
+def counts(records: Sequence[Record]) -> dict[str, int]:
+    """How many records have each measure."""
+    return {name: len(values) for name, values in _values(records).items()}
+
+
+def shares(records: Sequence[Record]) -> list[str]:
+    """The measures that are yes or no of each record, so that their means are shares."""
+    return [name for name, values in _values(records).items() if set(values) <= {0.0, 1.0}]
+
+
+def _values(records: Sequence[Record]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if type(value) is float and name != 'prediction':
+                found.setdefault(name, []).append(value)
+    return found
+
+
+T = TypeVar('T')
+
+
+def by_group(records: Sequence[Record], figures: Callable[[Sequence[Record]], dict[str, T]] = means) -> dict[str, dict[str, T]]:
+    """Figures of each group; none where there is but one."""
     groups = sorted({record['group'] for record in records})
-    return {group: means([record for record in records if record['group'] == group]) for group in groups} if groups[1:] else {}
+    return {group: figures([record for record in records if record['group'] == group]) for group in groups} if groups[1:] else {}
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many.
+
+    >>> [round(bound, 3) for bound in wilson(0.0, 10)]
+    [0.0, 0.278]
+    """
+    z = 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def resampled(values: Sequence[float], name: str) -> np.ndarray:

@@ -1,8 +1,31 @@
 """What the paper reports (recipe H.7, I.2): in per cent, but for BOLD; in the order 7B, 13B, 34B, 70B."""
 
 from llama2_jax.config import MODELS, ModelConfig
+from llama2_jax.evals.tasks import TASKS
 
 SIZES = ('7b', '13b', '34b', '70b')
+# Table 22 and the one after it (p50): task -> solved examples -> figures.
+BY_SHOTS = {
+    'naturalquestions': {
+        0: (16.4, 16.1, 25.1, 25.3),
+        1: (22.7, 28.0, 30.0, 33.0),
+        5: (25.7, 31.2, 32.8, 39.5),
+        64: (29.5, 34.6, 39.9, 44.3),
+    },
+    'triviaqa': {
+        0: (65.8, 73.1, 81.0, 82.4),
+        1: (68.9, 77.2, 83.3, 85.0),
+        5: (72.1, 79.6, 84.5, 87.6),
+        64: (73.7, 79.4, 84.6, 87.5),
+    },
+    'squad': {
+        0: (67.2, 72.9, 77.4, 80.7),
+        1: (72.3, 72.1, 78.8, 82.6),
+        4: (72.6, 70.6, 77.5, 81.9),
+        5: (72.5, 71.3, 77.5, 81.9),
+    },
+    'quac': {0: (39.4, 42.7, 42.9, 42.4), 1: (39.7, 44.8, 44.4, 49.3)},
+}
 # Table 20 and those beside it (p49-51), Table 44 (p69).
 BASE = {
     'mmlu': (45.3, 54.8, 62.6, 68.9),
@@ -26,10 +49,10 @@ BASE = {
     'humaneval_pass100/pass@100': (45.6, 60.2, 77.2, 89.0),
     'mbpp': (20.8, 30.6, 33.0, 45.0),
     'mbpp_pass80/pass@80': (62.8, 69.0, 76.1, 81.4),
-    'naturalquestions': (25.7, 31.2, 32.8, 39.5),
-    'triviaqa': (72.1, 79.6, 83.3, 87.6),
-    'squad': (67.2, 72.9, 77.4, 80.7),
-    'quac': (39.4, 42.7, 42.9, 42.4),
+    'naturalquestions': BY_SHOTS['naturalquestions'][5],
+    'triviaqa': BY_SHOTS['triviaqa'][5],
+    'squad': BY_SHOTS['squad'][0],
+    'quac': BY_SHOTS['quac'][0],
     'boolq': (77.4, 81.7, 83.7, 85.0),
     'piqa': (78.8, 80.5, 81.9, 82.8),
     'siqa': (48.3, 50.3, 50.9, 50.7),
@@ -65,7 +88,18 @@ def size_of(config: ModelConfig) -> str | None:
     return next((size for size in SIZES if (MODELS[size].dim, MODELS[size].layers) == shape), None)
 
 
-def reported(name: str, size: str | None, chat: bool) -> float | None:
-    """The paper's figure for a row of our table; None where it has none."""
+def reported(name: str, size: str | None, chat: bool, shots: int | None = None) -> float | None:
+    """The paper's figure for a row of our table; None where it has none.
+
+    Args:
+      name: Of a task, of a group or measure of it ('mmlu/stem'), or 'group:world'.
+      size: Of the model, one of SIZES; None of another.
+      chat: Whether it is a chat model.
+      shots: Solved examples in the prompt; None: as many as the paper's headline figure is of.
+    """
     figures = (CHAT if chat else BASE).get(name)
+    if shots is not None and name in BY_SHOTS and not chat:
+        figures = BY_SHOTS[name].get(shots)
+    elif shots is not None and shots != TASKS[name.split('/')[0]].shots:
+        figures = None
     return figures[SIZES.index(size)] if figures and size else None

@@ -4,7 +4,6 @@ Every share comes with Wilson's 95 % interval.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from etils.epath import Path
 from llama2_jax.config import UserError
 from llama2_jax.data.comparisons import RATINGS, read_comparisons
 from llama2_jax.data.preferences import UNKNOWN, Pair, encode
+from llama2_jax.evals.measure import wilson
 from llama2_jax.files import save_figure
 from llama2_jax.model.scorer import Scorer
 
@@ -65,10 +65,9 @@ def share(hits: Iterable[bool]) -> Share | None:
     hits = list(hits)
     if not (count := len(hits)):
         return None
-    value, z = sum(map(bool, hits)) / count, 1.959964
-    middle = (value + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
-    return {'value': value, 'low': middle - half, 'high': middle + half, 'count': count}
+    value = sum(map(bool, hits)) / count
+    low, high = wilson(value, count)
+    return {'value': value, 'low': low, 'high': high, 'count': count}
 
 
 def figures(judged: Judged) -> dict[str, Any]:

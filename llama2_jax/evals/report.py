@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2_jax.evals.measure import interval, resampled
+from llama2_jax.evals.measure import interval, resampled, wilson
 from llama2_jax.evals.paper import reported
 from llama2_jax.evals.tasks import PAPER, TASKS
 
@@ -16,36 +16,36 @@ def rows(results: Mapping[str, Result], size: str | None, chat: bool) -> list[di
     """One for each task, with its groups below it, then one for each group of the paper whose tasks are all there."""
     table, drawn = [], {}
     for name, result in results.items():
-        measure = TASKS[name].headline(result['measures'])
+        shots, shares, measure = result['shots'], result['shares'], TASKS[name].headline(result['measures'])
         drawn[name] = resampled(result['values'], name)
-        table.append(
-            {
-                'name': name,
-                'shots': result['shots'],
-                'measure': measure,
-                'ours': result['measures'][measure],
-                'interval': interval(drawn[name]),
-                'paper': reported(name, size, chat),
-                **{key: result[key] for key in ('examples', 'seconds', 'tokens_per_second')},
-            }
-        )
-        for other, value in result['measures'].items():
+        head = _row(name, measure, result['measures'], result['counts'], shares, reported(name, size, chat, shots))
+        head |= {'shots': shots, 'seconds': result['seconds'], 'tokens_per_second': result['tokens_per_second']}
+        table.append({'interval': interval(drawn[name])} | head)
+        for other in result['measures']:
             if other != measure:
-                table.append(_row(name, other, value, reported(f'{name}/{other}', size, chat)))
+                paper = reported(f'{name}/{other}', size, chat, shots)
+                table.append(_row(name, other, result['measures'], result['counts'], shares, paper))
         for group, values in result['groups'].items():
             if measure in values:
-                table.append(_row(f'{name}/{group}', measure, values[measure], reported(f'{name}/{group}', size, chat)))
+                paper, counted = reported(f'{name}/{group}', size, chat, shots), result['group_counts'][group]
+                table.append(_row(f'{name}/{group}', measure, values, counted, shares, paper))
     for group, members in PAPER.items():
         if len(members) > 1 and set(members) <= results.keys():
             samples = np.mean([drawn[name] for name in members], axis=0)
             ours = float(np.mean([np.mean(results[name]['values']) for name in members]))
-            row = _row(f'mean of {group}', 'mean', ours, reported(f'group:{group}', size, chat))
-            table.append(row | {'interval': interval(samples)})
+            usual = all(results[name]['shots'] == TASKS[name].shots for name in members)
+            row = {'name': f'mean of {group}', 'measure': 'mean', 'ours': ours, 'interval': interval(samples)}
+            row |= {'examples': sum(results[name]['examples'] for name in members)}
+            table.append(row | {'paper': reported(f'group:{group}', size, chat) if usual else None})
     return table
 
 
-def _row(name: str, measure: str, ours: float, paper: float | None) -> dict[str, Any]:
-    return {'name': name, 'measure': measure, 'ours': ours, 'paper': paper}
+def _row(
+    name: str, measure: str, values: Mapping[str, float], counts: Mapping[str, int], shares: Sequence[str], paper: float | None
+) -> dict[str, Any]:
+    """One measure of a task or group, with Wilson's interval if it is a share."""
+    row = {'name': name, 'measure': measure, 'ours': values[measure], 'paper': paper, 'examples': counts[measure]}
+    return row | ({'interval': wilson(values[measure], counts[measure])} if measure in shares else {})
 
 
 def markdown(table: Sequence[Mapping[str, Any]], size: str | None, chat: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llama2_jax.config import UserError
 from llama2_jax.evals.files import Files
 
 Record = dict[str, Any]  # 'prediction', and measures: floats, of which means are taken
@@ -23,7 +24,7 @@ class Example:
     Attributes:
       target: what grading compares with.
       prompt: a text to continue, or the messages of a dialog to answer.
-      chat: what a chat model is asked, where that is something else.
+      chat: what a chat model is asked without solved examples, where that is something else.
       choices: or pairs (context, continuation), whose likelihoods are compared.
       group: part of the set, such as a subject; measures are also given for each.
       data: what else grading reads.
@@ -63,6 +64,8 @@ class Task:
       grade: (example, outputs, given) -> record; outputs are the log-likelihoods of the choices, or the samples.
       home: where its files are to be had.
       shots: solved examples in the prompt, as in the paper.
+      chat_shots: those that a chat model is shown; None: as many.
+      max_shots: of solved examples, at most; None: as many as there are in a train file.
       decoding: None where choices are compared.
       measures: of the records, the first that they have is the headline.
       helpers: what is asked of whom about each sample before grading: name -> (example, text of the sample) -> question;
@@ -75,10 +78,27 @@ class Task:
     grade: Callable[[Example, Sequence[Any], Given], Record]
     home: str
     shots: int = 0
+    chat_shots: int | None = None
+    max_shots: int | None = 0
     decoding: Decoding | None = None
     measures: tuple[str, ...] = ('correct',)
     helpers: Mapping[str, Callable[[Example, str], Any]] = dataclasses.field(default_factory=dict)
     requires: tuple[str, ...] = ()
+
+    def examples(self, files: Files) -> list[Example]:
+        """What `read` finds.
+
+        Raises:
+          UserError: A file is damaged, or a row is none of this benchmark's; or there are no examples.
+        """
+        try:
+            examples = self.read(files, self.shots)
+        except (LookupError, TypeError, ValueError, AttributeError, SyntaxError, RecursionError) as error:
+            reason = f'{type(error).__name__}: {error}'
+            raise UserError(f'{files.place} is no row of {self.name} as {self.home} publishes it ({reason}).') from error
+        if not examples:
+            raise UserError(f'{self.name}: {", ".join(files.used)} holds no examples.')
+        return examples
 
     def headline(self, means: Mapping[str, float]) -> str:
         """The measure that stands for the task."""

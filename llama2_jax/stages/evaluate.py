@@ -16,17 +16,19 @@ from llama2_jax.convert.load import open_model
 from llama2_jax.evals import report
 from llama2_jax.evals.ask import Asker
 from llama2_jax.evals.files import Files, Missing
-from llama2_jax.evals.measure import by_group, means
+from llama2_jax.evals.measure import by_group, counts, means, shares
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
-from llama2_jax.files import locate, write_atomically
+from llama2_jax.files import locate, make_directory, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
 from llama2_jax.stages.rows import growing, resume_rows
 
 CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
+GRADERS = 2  # counts up with every change of what graders or results mean: older results are not continued
+Loaded = tuple[Files, list[Example]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +77,15 @@ def run(config: EvaluateConfig) -> None:
     names = expand(config.tasks)
     source = open_model(config.model)
     chat = is_chat(source) if config.chat is None else config.chat
-    path = Path(config.output)
-    if is_main_process():
-        path.mkdir(parents=True, exist_ok=True)
+    path = make_directory(config.output)
     judges = {'true': config.truth_judge, 'informative': config.info_judge, 'violates': config.safety_judge}
     helpers = make_helpers(config.data_dir, config.run_generated_code, config.toxicity, judges)
+    found, skipped = load_all([adapted(TASKS[name], config, chat) for name in names], config, helpers)
     engine = open_engine(config.model, config.batch_size, config.int8)
     say(f'{config.model}: asked {"in the chat format" if chat else "with plain prompts"}.')
-    results, skipped = {}, {}
-    for name in names:
-        task = adapted(TASKS[name], config)
-        try:
-            if lacking := [WANTED[helper] for helper in task.requires if helper not in helpers]:
-                raise Missing('; '.join(lacking))
-            results[name] = run_task(task, config, Asker(engine, chat, config.seed), helpers, path)
-        except Missing as error:
-            skipped[name] = str(error) if task.requires and lacking else f'{error}; to be had at {task.home}'
-            say(f'{name} is left out: {skipped[name]}')
-    if not results:
-        raise UserError(f'No task could be run: {"; ".join(f"{name}: {why}" for name, why in skipped.items())}.')
+    results = {
+        task.name: run_task(task, config, Asker(engine, chat, config.seed), helpers, path, loaded) for task, loaded in found
+    }
     finish(config, results, skipped, report.rows(results, size := size_of(engine.config), chat), size, chat)
     if named := [name for name in config.tasks if name in skipped]:
         raise UserError(f'{", ".join(named)} could not be run, see above; the other tasks were.')
@@ -105,25 +97,63 @@ def is_chat(source) -> bool:
     return stage.startswith(CHAT_STAGES) if stage else 'chat' in source.path.name.lower()
 
 
-def adapted(task: Task, config: EvaluateConfig) -> Task:
-    """The task with the shots and samples that were asked for."""
-    shots = task.shots if config.shots is None else config.shots
+def load_all(
+    tasks: Sequence[Task], config: EvaluateConfig, helpers: Mapping[str, Helper]
+) -> tuple[list[tuple[Task, Loaded]], dict[str, str]]:
+    """The examples of every task, and why tasks are left out; before a model is loaded.
+
+    Raises:
+      UserError: a file holds rows that are none of its benchmark's; or no task can be run.
+    """
+    found, skipped = [], {}
+    for task in tasks:
+        lacking = [WANTED[helper] for helper in task.requires if helper not in helpers]
+        try:
+            if lacking:
+                raise Missing('; '.join(lacking))
+            found.append((task, load(task, config)))
+        except Missing as error:
+            skipped[task.name] = str(error) if lacking else f'{error}; to be had at {task.home}'
+            say(f'{task.name} is left out: {skipped[task.name]}')
+    if not found:
+        raise UserError(f'No task could be run: {"; ".join(f"{name}: {why}" for name, why in skipped.items())}.')
+    return found, skipped
+
+
+def load(task: Task, config: EvaluateConfig) -> Loaded:
+    """The examples of a task, and the files they come from."""
+    files = Files(config.data_dir, config.tfds)
+    examples = spread(task.examples(files), config.limit)
+    for note in files.notes:
+        say(f'Note: {task.name}: {note}.')
+    return files, examples
+
+
+def adapted(task: Task, config: EvaluateConfig, chat: bool = False) -> Task:
+    """The task with the shots and samples that were asked for.
+
+    Raises:
+      UserError: The task has fewer solved examples.
+    """
+    usual = task.chat_shots if chat and task.chat_shots is not None else task.shots
+    shots = usual if config.shots is None else config.shots
+    if task.max_shots is not None and shots > task.max_shots:
+        raise UserError(f'--shots={shots}: {task.name} has at most {task.max_shots} solved examples. Evaluate it by itself.')
     decoding = task.decoding
     if decoding and config.samples and decoding.temperature:
         decoding = dataclasses.replace(decoding, samples=config.samples)
     return dataclasses.replace(task, shots=shots, decoding=decoding)
 
 
-def run_task(task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[str, Helper], path: Path) -> dict[str, Any]:
+def run_task(
+    task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[str, Helper], path: Path, loaded: Loaded | None = None
+) -> dict[str, Any]:
     """Outputs of the model, as far as they are not there yet, grades of them, and means."""
-    files = Files(config.data_dir, config.tfds)
-    examples = spread(task.read(files, task.shots), config.limit)
-    if not examples:
-        raise UserError(f'{task.name}: {", ".join(files.used)} holds no examples.')
+    files, examples = loaded or load(task, config)
     settings = {
         'model': str(locate(config.model)), 'int8': config.int8, 'chat': asker.chat, 'shots': task.shots,
         'decoding': task.decoding and dataclasses.asdict(task.decoding), 'seed': config.seed, 'files': list(files.used),
-        'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
+        'graders': GRADERS, 'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     result = path / f'{task.name}.json'
@@ -145,7 +175,10 @@ def run_task(task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[
     summary = {
         'task': task.name,
         'measures': figures,
+        'counts': counts(records),
+        'shares': shares(records),
         'groups': by_group(records),
+        'group_counts': by_group(records, counts),
         'values': [record[headline] for record in records if headline in record],
         'examples': len(records),
         'shots': task.shots,

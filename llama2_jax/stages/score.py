@@ -10,7 +10,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals import preference
-from llama2_jax.files import locate, write_atomically
+from llama2_jax.files import locate, make_directory, write_atomically
 from llama2_jax.runtime import is_main_process, say
 from llama2_jax.stages.generate import as_source, fingerprint, open_scorer, resume
 from llama2_jax.stages.rows import growing
@@ -25,6 +25,8 @@ def evaluate(models: Sequence[str], sources: Sequence[str], output: str | None, 
     Raises:
       UserError: a model or a source cannot be read.
     """
+    if output:
+        make_directory(output)
     results: dict[str, dict] = {}
     for number, model in enumerate(models):
         scorer = open_scorer(model, batch_size)
@@ -32,7 +34,6 @@ def evaluate(models: Sequence[str], sources: Sequence[str], output: str | None, 
         results[model] = {row.source: preference.figures(row) for row in judged}
         say(preference.table({model: results[model]}))
         if output and is_main_process():
-            Path(output).mkdir(parents=True, exist_ok=True)
             preference.plot(Path(output) / f'preferences{f"-{number + 1}" if len(models) > 1 else ""}.png', model, judged)
     if output and is_main_process():
         write_atomically(Path(output) / 'preferences.json', json.dumps(results, indent=2) + '\n')

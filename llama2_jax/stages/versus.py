@@ -5,15 +5,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from etils.epath import Path
 
 from llama2_jax.config import Config, UserError, between, nearest
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import cut_left
-from llama2_jax.evals.measure import interval, resampled
-from llama2_jax.files import locate, write_atomically
+from llama2_jax.evals.measure import wilson
+from llama2_jax.files import locate, make_directory, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate
 from llama2_jax.stages.generate import open_engine, open_scorer
@@ -64,10 +63,9 @@ def run(config: VersusConfig) -> dict[str, Any]:
     """
     judge = make_judge(config.judge)
     dialogs = read_prompts(config.prompts)[: config.limit or None]
-    path = Path(config.output)
+    path = make_directory(config.output)
     rows = path / 'prompts.jsonl'
     if is_main_process():
-        path.mkdir(parents=True, exist_ok=True)
         write_atomically(rows, ''.join(json.dumps({'messages': dialog}) + '\n' for dialog in dialogs))
     barrier('prompts written')
     answers = [answer(config, model, rows, path / name) for model, name in ((config.model, 'model'), (config.versus, 'versus'))]
@@ -76,7 +74,7 @@ def run(config: VersusConfig) -> dict[str, Any]:
     shares = summarise(verdicts)
     for name in (*VERDICTS, 'win / (win + loss)'):
         low, high = shares[name]['interval']
-        say(f'{name:<20} {shares[name]["share"]:6.1%}   95 % interval {low:.1%} to {high:.1%}')
+        say(f'{name:<20} {shares[name]["share"]:6.1%}   95 % interval {low:.1%} to {high:.1%}   of {shares[name]["count"]:,}')
     if is_main_process():
         lines = [
             {'messages': dialog, 'model': ours, 'versus': theirs, 'verdict': verdict}
@@ -177,11 +175,13 @@ def compare(judge: Judge, pairs: Sequence[tuple[Messages, str, str]]) -> list[st
 
 
 def summarise(verdicts: Sequence[str]) -> dict[str, Any]:
-    """Shares with intervals over prompts; without ties too, as in the paper's figure 2."""
+    """Shares with Wilson's intervals over prompts; without ties too, as in the paper's figure 2: a half where all are ties."""
 
-    def share(name: str, values: Sequence[float]) -> dict[str, Any]:
-        return {'share': float(np.mean(values)), 'interval': interval(resampled(values, name))}
+    def share(count: int, total: int) -> dict[str, Any]:
+        if not total:
+            return {'share': 0.5, 'interval': (0.0, 1.0), 'count': 0}
+        return {'share': count / total, 'interval': wilson(count / total, total), 'count': total}
 
-    shares = {name: share(name, [float(verdict == name) for verdict in verdicts]) for name in VERDICTS}
-    decided = [float(verdict == 'win') for verdict in verdicts if verdict != 'tie'] or [0.5]
-    return shares | {'win / (win + loss)': share('decided', decided)}
+    counted = {name: verdicts.count(name) for name in VERDICTS}
+    shares = {name: share(count, len(verdicts)) for name, count in counted.items()}
+    return shares | {'win / (win + loss)': share(counted['win'], counted['win'] + counted['loss'])}

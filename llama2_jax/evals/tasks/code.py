@@ -15,9 +15,14 @@ MBPP_TEST = range(11, 511)
 
 def read_humaneval(files: Files, shots: int) -> list[Example]:
     """Its 164 problems."""
-    rows = files.rows('humaneval/**/HumanEval.jsonl', 'HumanEval.jsonl')
     chat = 'Complete this Python function; answer with the whole function.\n```python\n{}```'
-    return [Example(None, row['prompt'], chat.format(row['prompt']), data=row) for row in rows]
+    examples = []
+    for row in files.rows('humaneval/**/HumanEval.jsonl', 'HumanEval.jsonl'):
+        prompt, name, _ = row.text('prompt'), row.text('entry_point'), row.text('test')
+        if not re.search(rf'^(?:async )?def {re.escape(name)}\b', prompt, re.MULTILINE):
+            raise row.refused(f"'prompt' does not define {name!r}, the 'entry_point'")
+        examples.append(Example(None, prompt, chat.format(prompt), data=row))
+    return examples
 
 
 def humaneval_program(example: Example, text: str) -> str:
@@ -29,7 +34,11 @@ def humaneval_program(example: Example, text: str) -> str:
 
 def read_mbpp(files: Files, shots: int) -> list[Example]:
     """The 500 problems of its test part; the examples before them are its own numbers 2, 3 and 4."""
-    rows = {int(row['task_id']): row for row in files.rows('mbpp/**/mbpp.jsonl', 'mbpp.jsonl')}
+    rows = {}
+    for row in files.rows('mbpp/**/mbpp.jsonl', 'mbpp.jsonl'):
+        if not row.text('text') or not asked_functions(row):
+            raise row.refused("'code' defines no function that 'test_list' calls")
+        rows[int(row['task_id'])] = row
     begin = ''.join(f'{mbpp_question(rows[number])}{rows[number]["code"]}\n[DONE]\n' for number in MBPP_SHOTS[:shots])
     chat = '{} Answer with a Python function. Your code should pass these tests:\n\n{}'
     return [
@@ -51,9 +60,13 @@ def mbpp_question(row: Mapping[str, Any]) -> str:
 def mbpp_program(example: Example, text: str) -> str:
     """A function with its tests behind it."""
     row = example.data
+    return '\n'.join([row.get('test_setup_code', ''), program('', text, asked_functions(row)), *row['test_list']])
+
+
+def asked_functions(row: Mapping[str, Any]) -> list[str]:
+    """The functions of a problem's own solution that its tests call."""
     tests = '\n'.join(row['test_list'])
-    names = [name for name in re.findall(r'^def (\w+)', row['code'], re.MULTILINE) if re.search(rf'\b{name}\b', tests)]
-    return '\n'.join([row.get('test_setup_code', ''), program('', text, names), tests])
+    return [name for name in re.findall(r'^def (\w+)', row['code'], re.MULTILINE) if re.search(rf'\b{name}\b', tests)]
 
 
 def grade(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -81,6 +94,8 @@ _MBPP = Task(
     grade,
     'https://github.com/google-research/google-research/tree/master/mbpp (mbpp/mbpp.jsonl)',
     shots=3,
+    chat_shots=0,
+    max_shots=3,
     decoding=dataclasses.replace(_DECODING, stop=('[DONE]',)),
     helpers={'program': mbpp_program},
     requires=('program',),

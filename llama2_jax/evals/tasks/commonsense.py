@@ -1,12 +1,13 @@
 """The commonsense group: what is likeliest per character, without examples, but for CommonsenseQA (recipe I.1)."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from llama2_jax.config import UserError
 from llama2_jax.evals import answers
-from llama2_jax.evals.files import Files
+from llama2_jax.evals.files import Files, Row, read_text
 from llama2_jax.evals.task import (
     Decoding,
     Example,
@@ -20,11 +21,21 @@ from llama2_jax.evals.task import (
 )
 from llama2_jax.evals.tasks.worked import COMMONSENSEQA
 
-Row = Mapping[str, Any]
+
+def _compared(row: Row, context: str, options: Sequence[str], label: int | str, first: int = 0) -> Example:
+    """A question whose options' likelihoods are compared; labels count from `first`."""
+    return Example(_place(row, label, len(options), first), choices=tuple((context, f' {option}') for option in options))
 
 
-def _compared(context: str, options: Iterable[str], target: int, **rest: Any) -> Example:
-    return Example(target, choices=tuple((context, f' {option}') for option in options), **rest)
+def _place(row: Row, label: int | str, count: int, first: int) -> int:
+    """The right one of so many options.
+
+    Raises:
+      UserError: The label is no number of an option.
+    """
+    if str(label) not in map(str, range(first, first + count)):
+        raise row.refused(f'the label must be a number from {first} to {first + count - 1}, and is {str(label)[:40]!r}')
+    return int(label) - first
 
 
 def read_piqa(files: Files, shots: int) -> list[Example]:
@@ -32,15 +43,19 @@ def read_piqa(files: Files, shots: int) -> list[Example]:
     rows = list(files.rows('piqa/**/valid.jsonl', 'physicaliqa*/dev.jsonl', tfds='piqa#validation'))
     labels = _labels(files, rows, 'piqa/**/valid-labels.lst', 'physicaliqa*/dev-labels.lst')
     return [
-        _compared(f'Question: {row["goal"]}\nAnswer:', (row['sol1'], row['sol2']), label)
+        _compared(row, f'Question: {row.text("goal")}\nAnswer:', (row.text('sol1'), row.text('sol2')), label)
         for row, label in zip(rows, labels, strict=True)
     ]
 
 
-def _labels(files: Files, rows: Sequence[Row], *patterns: str) -> list[int]:
+def _labels(files: Files, rows: Sequence[Row], *patterns: str) -> list[str]:
     if 'label' in rows[0]:
-        return [int(row['label']) for row in rows]
-    return [int(line) for line in files.text(*patterns).split()]
+        return [row['label'] for row in rows]
+    [path, *_] = files.find(*patterns)
+    labels = read_text(path).split()
+    if len(labels) != len(rows):
+        raise UserError(f'{path} holds {len(labels)} labels for {len(rows)} questions.')
+    return labels
 
 
 def read_siqa(files: Files, shots: int) -> list[Example]:
@@ -49,7 +64,11 @@ def read_siqa(files: Files, shots: int) -> list[Example]:
     labels = _labels(files, rows, 'siqa/**/dev-labels.lst', 'socialiqa*/dev-labels.lst')
     return [
         _compared(
-            f'{row["context"]}\nQuestion: {row["question"]}\nAnswer:', [row[f'answer{letter}'] for letter in 'ABC'], label - 1
+            row,
+            f'{row.text("context")}\nQuestion: {row.text("question")}\nAnswer:',
+            [row.text(f'answer{letter}') for letter in 'ABC'],
+            label,
+            first=1,
         )
         for row, label in zip(rows, labels, strict=True)
     ]
@@ -63,7 +82,7 @@ def read_hellaswag(files: Files, shots: int) -> list[Example]:
         if 'ctx_b' in row:
             context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}'.strip()
         context = tidy(f'{row["activity_label"]}: {context}')
-        examples.append(_compared(context, map(tidy, row['endings']), int(row['label'])))
+        examples.append(_compared(row, context, [tidy(ending) for ending in row['endings']], row['label']))
     return examples
 
 
@@ -80,8 +99,10 @@ def read_winogrande(files: Files, shots: int) -> list[Example]:
     """Sentences with a blank: what follows it, after either option."""
     examples = []
     for row in files.rows('winogrande*/**/dev.jsonl', tfds='winogrande#validation'):
-        before, after = row['sentence'].split('_', 1)
-        target = int(row['answer']) - 1 if 'answer' in row else int(row['label'])
+        before, blank, after = row.text('sentence').partition('_')
+        if not blank:
+            raise row.refused("'sentence' has no blank, '_'")
+        target = _place(row, row['answer'], 2, 1) if 'answer' in row else _place(row, row['label'], 2, 0)
         options = (before + row['option1'], before + row['option2'])
         examples.append(Example(target, choices=tuple((context, f' {after.strip()}') for context in options)))
     return examples
@@ -119,7 +140,13 @@ def options_of(row: Row) -> tuple[list[str], list[str]]:
 def _asked(row: Row, context: str) -> Example:
     labels, options = options_of(row)
     answer = row['answerKey']
-    return _compared(context, options, answer if isinstance(answer, int) else labels.index(answer))
+    return _compared(row, context, options, answer if isinstance(answer, int) else _index(row, labels))
+
+
+def _index(row: Row, labels: Sequence[str]) -> int:
+    if row['answerKey'] not in labels:
+        raise row.refused(f"'answerKey' is {row['answerKey']!r}, and the labels of the options are {', '.join(map(str, labels))}")
+    return labels.index(row['answerKey'])
 
 
 def read_commonsenseqa(files: Files, shots: int) -> list[Example]:
@@ -130,6 +157,7 @@ def read_commonsenseqa(files: Files, shots: int) -> list[Example]:
     examples = []
     for row in files.rows('dev_rand_split.jsonl'):
         labels, options = options_of(row)
+        _index(row, labels)
         asked = _with_options(question_of(row), options)
         chat = f'{asked}End with "So the answer is (letter)."'
         data = {'options': dict(zip(labels, options, strict=True))}
@@ -168,6 +196,8 @@ TASKS = [
         grade_letter,
         'https://www.tau-nlp.sites.tau.ac.il/commonsenseqa (dev_rand_split.jsonl)',
         shots=7,
+        chat_shots=0,
+        max_shots=len(COMMONSENSEQA),
         decoding=Decoding(256, stop=('\n\nQ:', '\nQ:'), chat_tokens=512),
     ),
 ]

@@ -11,12 +11,20 @@ from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, votes
 from llama2_jax.evals.tasks.worked import GSM8K, MATH
 
+SUBJECTS = 'algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus'
+
 
 def read_gsm8k(files: Files, shots: int) -> list[Example]:
     """Its test questions, or the file of this set that is there."""
     begin = ''.join(f'Q: {question}\nA: {answer}\n\n' for question, answer in GSM8K[:shots])
     rows = files.rows('gsm8k/**/test.jsonl', 'grade_school_math/**/test.jsonl', 'gsm8k/**/*.jsonl', tfds='gsm8k#test')
-    return [Example(extract_number(row['answer']), f'{begin}Q: {row["question"]}\nA:', row['question']) for row in rows]
+    examples = []
+    for row in rows:
+        question, target = row.text('question'), extract_number(row.text('answer'))
+        if not target:
+            raise row.refused("'answer' holds no number")
+        examples.append(Example(target, f'{begin}Q: {question}\nA:', question))
+    return examples
 
 
 def grade_gsm8k(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -28,13 +36,15 @@ def read_math(files: Files, shots: int) -> list[Example]:
     """The test problems of all seven subjects."""
     begin = ''.join(f'Problem:\n{problem}\n\nSolution:\n{solution}\n\n' for problem, solution in MATH[:shots])
     examples = []
-    for path in files.find('MATH/test/*/*.json', 'math/test/*/*.json'):
-        for row in files.rows(path):
-            target = latex.normalise(latex.boxed(row['solution']))
-            prompt = f'{begin}Problem:\n{row["problem"]}\n\nSolution:'
-            examples.append(
-                Example(target, prompt, f'{row["problem"]}\nPut the final answer in \\boxed{{}}.', group=_subject(path))
-            )
+    paths = files.find('MATH/test/*/*.json', 'math/test/*/*.json')
+    for path in paths:
+        for row in files.read(path):
+            problem, target = row.text('problem'), latex.normalise(latex.boxed(row.text('solution')))
+            if not target:
+                raise row.refused("'solution' has nothing in a \\boxed{}")
+            chat = f'{problem}\nPut the final answer in \\boxed{{}}.'
+            examples.append(Example(target, f'{begin}Problem:\n{problem}\n\nSolution:', chat, group=_subject(path)))
+    files.absent('subjects', set(map(_subject, paths)), SUBJECTS.split())
     return examples
 
 
@@ -53,6 +63,7 @@ _GSM8K = Task(
     grade_gsm8k,
     'https://github.com/openai/grade-school-math (gsm8k/test.jsonl)',
     shots=8,
+    max_shots=len(GSM8K),
     decoding=Decoding(512, stop=('\n\nQ:', '\nQ:')),
 )
 _MATH = Task(
@@ -61,6 +72,7 @@ _MATH = Task(
     grade_math,
     'https://people.eecs.berkeley.edu/~hendrycks/MATH.tar (MATH/test)',
     shots=4,
+    max_shots=len(MATH),
     decoding=Decoding(512, stop=('\nProblem:', '\n\n\n'), chat_tokens=1024),
 )
 TASKS = [

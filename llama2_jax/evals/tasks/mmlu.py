@@ -3,7 +3,8 @@
 import os
 from collections.abc import Sequence
 
-from llama2_jax.evals.files import Files, read_rows
+from llama2_jax.config import UserError, nearest
+from llama2_jax.evals.files import Files, numbered_rows
 from llama2_jax.evals.task import Example, Task, best
 
 LETTERS = 'ABCD'
@@ -35,17 +36,43 @@ def ask(row: Sequence[str], answer: bool) -> str:
 
 def read(files: Files, shots: int) -> list[Example]:
     """The test questions; of the val split where there is no test split."""
-    solved = {subject_of(path): read_rows(path) for path in files.find('dev/*_dev.csv')} if shots else {}
+    solved = {subject_of(path): _rows(path) for path in files.find('dev/*_dev.csv')} if shots else {}
     examples = []
-    for path in files.find('test/*_test.csv', 'val/*_val.csv'):
+    paths = files.find('test/*_test.csv', 'val/*_val.csv')
+    for path in paths:
         subject = subject_of(path)
         begin = f'The following are multiple choice questions (with answers) about {subject.replace("_", " ")}.\n\n'
         begin += ''.join(ask(row, answer=True) for row in solved.get(subject, [])[:shots])
-        for row in read_rows(path):
+        for row in _rows(path):
             context = begin + ask(row, answer=False)
             choices = tuple((context, f' {letter}') for letter in LETTERS)
             examples.append(Example(LETTERS.index(row[-1]), choices=choices, group=CATEGORY[subject], data={'subject': subject}))
+    if few := sorted(subject for subject in map(subject_of, paths) if len(solved.get(subject, [])) < shots):
+        files.notes.append(f'dev/ has fewer than {shots} solved examples of {", ".join(few)}')
+    files.absent('subjects', set(map(subject_of, paths)), CATEGORY)
     return examples
+
+
+def _rows(path: str) -> list[list[str]]:
+    """The questions of a subject: question, four options, and the letter of the right one.
+
+    Raises:
+      UserError: A row is something else, or there is none; or no such subject.
+    """
+    if (subject := subject_of(path)) not in CATEGORY:
+        raise UserError(f'{path}: MMLU has no subject {subject!r}; {nearest(subject, CATEGORY)}')
+    rows = []
+    for where, row in numbered_rows(path):
+        row = [cell.strip() if number == 5 else cell for number, cell in enumerate(row)]
+        if len(row) != 6 or row[5] not in tuple(LETTERS):
+            raise UserError(
+                f'{where} is not a question of MMLU: it must have 6 cells, of which the last is A, B, C or D, and has '
+                f'{len(row)} that end with {row[-1][:40]!r}. Files have no header, and letters for answers, as in {HOME}.'
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f'{path} holds no rows.')
+    return rows
 
 
 def subject_of(path: str) -> str:
@@ -53,4 +80,4 @@ def subject_of(path: str) -> str:
     return os.path.basename(path).split('.')[0].rpartition('_')[0]
 
 
-TASKS = [Task('mmlu', read, best, HOME, shots=5)]
+TASKS = [Task('mmlu', read, best, HOME, shots=5, max_shots=5)]

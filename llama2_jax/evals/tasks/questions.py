@@ -1,11 +1,14 @@
 """World knowledge (NaturalQuestions, TriviaQA) and reading (SQuAD, QuAC, BoolQ): short answers in the model's own words."""
 
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from llama2_jax.config import UserError
 from llama2_jax.evals.answers import words
-from llama2_jax.evals.files import Files
+from llama2_jax.evals.files import Files, Row
 from llama2_jax.evals.task import (
     Decoding,
     Example,
@@ -31,14 +34,34 @@ def _closed_book(solved: Sequence[Pair], asked: Sequence[Pair]) -> list[Example]
     return [Example(answers, f'{begin}Q: {question}\nA:', chat.format(question)) for question, answers in asked]
 
 
+def _answers(row: Row, answers: Sequence[str]) -> list[str]:
+    """The answers with text in them.
+
+    Raises:
+      UserError: There is none.
+    """
+    found = [answer for answer in dict.fromkeys(answers) if answer.strip()] if isinstance(answers, list) else []
+    if not found:
+        raise row.refused(f'its answers must be a list of texts, and are {str(answers)[:40]}')
+    return found
+
+
+def _first(count: int, rows: Iterator[Any], files: Files) -> list[Any]:
+    """So many solved examples of a train file."""
+    found = list(itertools.islice(rows, count)) if count else []
+    if len(found) < count:
+        raise UserError(f'{list(files.used)[-1]} holds {len(found)} examples, and {count} solved ones are asked for.')
+    return found
+
+
 def read_naturalquestions(files: Files, shots: int) -> list[Example]:
     """The 3,610 questions of the open version's dev file, which is the test split of papers; examples from its train file."""
 
     def pairs(split: str, tfds: str) -> Iterator[Pair]:
         rows = files.rows(f'NQ-open.{split}.jsonl', tfds=f'natural_questions_open#{tfds}')
-        return ((row['question'].rstrip('?') + '?', list(row['answer'])) for row in rows)
+        return ((row.text('question').rstrip('?') + '?', _answers(row, row['answer'])) for row in rows)
 
-    solved = [pair for pair, _ in zip(pairs('train', 'train'), range(shots), strict=False)] if shots else []
+    solved = _first(shots, pairs('train', 'train'), files)
     return _closed_book(solved, list(pairs('dev', 'validation')))
 
 
@@ -50,9 +73,9 @@ def read_triviaqa(files: Files, shots: int) -> list[Example]:
             for entry in row.get('Data', [row]):  # the file is one object
                 answer = entry.get('Answer') or entry['answer']
                 names = [answer.get('Value') or answer['value'], *(answer.get('Aliases') or answer.get('aliases') or [])]
-                yield entry.get('Question') or entry['question'], names
+                yield entry.get('Question') or entry.text('question'), _answers(entry, names)
 
-    solved = [pair for pair, _ in zip(pairs('train', 'train'), range(shots), strict=False)] if shots else []
+    solved = _first(shots, pairs('train', 'train'), files)
     return _closed_book(solved, list(pairs('dev', 'validation')))
 
 
@@ -70,7 +93,7 @@ UNANSWERABLE = 'unanswerable'
 def read_squad(files: Files, shots: int) -> list[Example]:
     """SQuAD 2.0's dev file, questions without an answer included; examples from its train file."""
 
-    def paragraphs(split: str, tfds: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def paragraphs(split: str, tfds: str) -> Iterator[tuple[str, Row]]:
         for row in files.rows(f'{split}-v2.0.json', tfds=f'squad/v2.0#{tfds}'):
             if 'data' not in row:
                 yield row['context'], row
@@ -78,11 +101,13 @@ def read_squad(files: Files, shots: int) -> list[Example]:
                 for paragraph in article['paragraphs']:
                     yield from ((paragraph['context'], question) for question in paragraph['qas'])
 
-    def ask(context: str, row: Mapping[str, Any]) -> str:
-        return f'Passage: {context}\nQuestion: {row["question"]}\nIf the passage does not say, answer "unanswerable".\nAnswer:'
+    def ask(context: str, row: Row) -> str:
+        return (
+            f'Passage: {context}\nQuestion: {row.text("question")}\nIf the passage does not say, answer "unanswerable".\nAnswer:'
+        )
 
     begin = ''
-    for (context, row), _ in zip(paragraphs('train', 'train') if shots else (), range(shots), strict=False):
+    for context, row in _first(shots, paragraphs('train', 'train'), files):
         begin += f'{ask(context, row)} {_squad_answers(row)[0]}\n\n'
     return [
         Example(_squad_answers(row), begin + ask(context, row), ask(context, row))
@@ -90,10 +115,12 @@ def read_squad(files: Files, shots: int) -> list[Example]:
     ]
 
 
-def _squad_answers(row: Mapping[str, Any]) -> list[str]:
+def _squad_answers(row: Row) -> list[str]:
     answers = row['answers']
     texts = answers['text'] if isinstance(answers, Mapping) else [answer['text'] for answer in answers]
-    return list(dict.fromkeys(texts)) or [UNANSWERABLE]
+    if row.get('is_impossible') is False and not texts:
+        raise row.refused("it has an answer ('is_impossible': false), and 'answers' is empty")
+    return _answers(row, texts) if texts else [UNANSWERABLE]
 
 
 def grade_span(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -105,25 +132,31 @@ def grade_span(example: Example, outputs: Sequence[Any], given: Given) -> Record
 
 
 def read_quac(files: Files, shots: int) -> list[Example]:
-    """Conversations about a text: every question with those before it and their answers."""
-    if shots:
-        raise ValueError('QuAC is asked without examples')
+    """Conversations about a text: questions with those before them and their answers, after others' first questions."""
+
+    def conversations(split: str) -> Iterator[list[Example]]:
+        for row in files.rows(f'{split}_v0.2.json'):
+            for article in row['data']:
+                for paragraph in article['paragraphs']:
+                    yield list(_conversation(article, paragraph))
+
+    first = [examples[0] for examples in _first(shots, conversations('train'), files)]
+    begin = ''.join(f'{example.prompt} {example.target[0]}\n\n' for example in first)
     return [
-        example
-        for row in files.rows('val_v0.2.json')
-        for article in row['data']
-        for paragraph in article['paragraphs']
-        for example in _conversation(article, paragraph)
+        dataclasses.replace(example, prompt=begin + example.prompt, chat=begin + example.chat)
+        for examples in conversations('val')
+        for example in examples
     ]
 
 
-def _conversation(article: Mapping[str, Any], paragraph: Mapping[str, Any]) -> Iterator[Example]:
+def _conversation(article: Row, paragraph: Row) -> Iterator[Example]:
     text = paragraph['context'].removesuffix('CANNOTANSWER').strip()
     prompt = f'Title: {article["title"]}\nBackground: {article.get("background", "")}\nSection: {text}\n\n'
     for row in paragraph['qas']:
-        answers = [UNANSWERABLE if answer['text'] == 'CANNOTANSWER' else answer['text'] for answer in row['answers']]
+        texts = [UNANSWERABLE if answer['text'] == 'CANNOTANSWER' else answer['text'] for answer in row['answers']]
+        answers = _answers(row, texts)
         ask = f'{prompt}Question: {row["question"]}\nIf the passage does not say, answer "unanswerable".\nAnswer:'
-        yield Example(list(dict.fromkeys(answers)), ask, ask)
+        yield Example(answers, ask, ask)
         prompt += f'Question: {row["question"]}\nAnswer: {answers[0]}\n'
 
 
@@ -132,9 +165,12 @@ def read_boolq(files: Files, shots: int) -> list[Example]:
     examples = []
     for row in files.rows('boolq/**/dev.jsonl', 'BoolQ/**/val.jsonl', tfds='bool_q#validation'):
         title = f'{row["title"]} -- ' if row.get('title') else ''
-        context = f'{title}{row["passage"]}\nQuestion: {row["question"].rstrip("?")}?\nAnswer:'
+        context = f'{title}{row.text("passage")}\nQuestion: {row.text("question").rstrip("?")}?\nAnswer:'
         choices = ((context, ' no'), (context, ' yes'))
-        examples.append(Example(int(row.get('answer', row.get('label'))), choices=against_answer(choices)))
+        answer = row['label'] if 'label' in row else row['answer']
+        if answer not in (0, 1):
+            raise row.refused(f'the answer must be true or false, and is {str(answer)[:40]!r}')
+        examples.append(Example(int(answer), choices=against_answer(choices)))
     return examples
 
 
@@ -146,6 +182,8 @@ TASKS = [
         grade_words,
         'https://github.com/google-research-datasets/natural-questions (nq_open/NQ-open.dev.jsonl, NQ-open.train.jsonl)',
         shots=5,
+        chat_shots=0,
+        max_shots=None,
         decoding=_WORDS,
     ),
     Task(
@@ -154,20 +192,24 @@ TASKS = [
         grade_words,
         'https://nlp.cs.washington.edu/triviaqa (triviaqa-rc/qa/wikipedia-dev.json, wikipedia-train.json)',
         shots=5,
+        chat_shots=0,
+        max_shots=None,
         decoding=_WORDS,
     ),
     Task(
         'squad',
         read_squad,
         grade_span,
-        'https://rajpurkar.github.io/SQuAD-explorer (squad/dev-v2.0.json)',
+        'https://rajpurkar.github.io/SQuAD-explorer (squad/dev-v2.0.json, train-v2.0.json)',
+        max_shots=None,
         decoding=Decoding(64, stop=('\n',), chat_tokens=128),
     ),
     Task(
         'quac',
         read_quac,
         grade_span,
-        'https://quac.ai (quac/val_v0.2.json)',
+        'https://quac.ai (quac/val_v0.2.json, train_v0.2.json)',
+        max_shots=None,
         decoding=Decoding(64, stop=('\n',), chat_tokens=128),
         measures=('f1',),
     ),

@@ -1,13 +1,12 @@
 """Truthfulness, toxicity, bias and refusals (recipe H.4, H.7); answers are drawn at temperature 0.1 and top-p 0.9 (p22)."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from llama2_jax.evals.files import Files, read_text
+from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, f1
 from llama2_jax.evals.tasks.worked import TRUTHFULQA
 
@@ -17,10 +16,12 @@ NEUTRAL = 'I have no comment.'
 
 
 def _truthfulqa_rows(files: Files) -> list[dict[str, Any]]:
-    rows = list(files.rows('TruthfulQA.csv'))
-    for row in rows:
+    rows = []
+    for row in files.rows('TruthfulQA.csv'):
+        row.text('Question'), row.text('Best Answer')
         for column in ('Correct Answers', 'Incorrect Answers'):
-            row[column] = [answer.strip() for answer in row[column].split(';') if answer.strip()]
+            row[column] = [answer.strip() for answer in row.text(column).split(';') if answer.strip()]
+        rows.append(row)
     return rows
 
 
@@ -32,7 +33,13 @@ def _truthfulqa_prompt(question: str, shots: int) -> str:
 def read_truthfulqa(files: Files, shots: int) -> list[Example]:
     """Its 817 questions, after six pairs in InstructGPT's format."""
     return [
-        Example(row['Best Answer'], _truthfulqa_prompt(row['Question'], shots), row['Question'], group=row['Category'], data=row)
+        Example(
+            row['Best Answer'],
+            _truthfulqa_prompt(row['Question'], shots),
+            row['Question'],
+            group=row['Category'],
+            data=row,
+        )
         for row in _truthfulqa_rows(files)
     ]
 
@@ -72,7 +79,7 @@ def grade_choices(example: Example, logprobs: Sequence[float], given: Given) -> 
 
 def read_toxigen(files: Files, shots: int) -> list[Example]:
     """Hosseini et al.'s revised statements with their groups, each to be continued."""
-    return [Example(None, row['text'].strip(), group=row['target_groups'][0]) for row in files.rows('toxiGen.json')]
+    return [Example(None, row.text('text').strip(), group=row['target_groups'][0]) for row in files.rows('toxiGen.json')]
 
 
 def grade_toxigen(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -85,7 +92,7 @@ def read_bold(files: Files, shots: int) -> list[Example]:
     examples = []
     for path in files.find('bold/**/*_prompt.json'):
         domain = os.path.basename(path).removesuffix('_prompt.json')
-        for group, people in json.loads(read_text(path)).items():
+        for group, people in next(files.read(path)).items():
             if group not in ('hinduism', 'atheism'):
                 examples += [
                     Example(None, text.strip(), group=f'{domain}/{group}') for texts in people.values() for text in texts
@@ -100,18 +107,19 @@ def grade_bold(example: Example, outputs: Sequence[Any], given: Given) -> Record
 
 def read_xstest(files: Files, shots: int) -> list[Example]:
     """250 harmless prompts that look dangerous, and 200 that are ('contrast_…')."""
-    rows = list(files.rows('xstest_v2_prompts.csv', 'xstest_prompts.csv'))
-    return [Example('unsafe' if row['type'].startswith('contrast') else 'safe', row['prompt'], group=row['type']) for row in rows]
+    rows = files.rows('xstest_v2_prompts.csv', 'xstest_prompts.csv')
+    kinds = ((row, row.text('type')) for row in rows)
+    return [Example('unsafe' if kind.startswith('contrast') else 'safe', row.text('prompt'), group=kind) for row, kind in kinds]
 
 
 def read_borderline(files: Files, shots: int) -> list[Example]:
     """Prompts of one's own, {"prompt": text}; the paper's 210 are not published."""
-    return [Example('safe', row['prompt'], group=row.get('category', '')) for row in files.rows('borderline/*.jsonl')]
+    return [Example('safe', row.text('prompt'), group=row.get('category', '')) for row in files.rows('borderline/*.jsonl')]
 
 
 def read_advbench(files: Files, shots: int) -> list[Example]:
     """520 harmful requests."""
-    return [Example('unsafe', row['goal']) for row in files.rows('harmful_behaviors.csv')]
+    return [Example('unsafe', row.text('goal')) for row in files.rows('harmful_behaviors.csv')]
 
 
 def grade_refusal(example: Example, outputs: Sequence[Any], given: Given) -> Record:
@@ -134,20 +142,29 @@ def _pair(example: Example, text: str) -> tuple[str, str]:
 
 _XSTEST = 'https://github.com/paul-rottger/xstest (xstest/xstest_v2_prompts.csv)'
 _REFUSALS = {'refuses': _text, 'violates': _pair}
-_TRUTHFULQA = 'https://github.com/sylinrl/TruthfulQA (truthfulqa/TruthfulQA.csv)'
+_TRUTHFULQA_HOME = 'https://github.com/sylinrl/TruthfulQA (truthfulqa/TruthfulQA.csv)'
 _SHORT = Decoding(64, stop=('\n',), temperature=0.1, top_p=0.9)
 TASKS = [
     Task(
         'truthfulqa',
         read_truthfulqa,
         grade_truthfulqa,
-        _TRUTHFULQA,
+        _TRUTHFULQA_HOME,
         shots=6,
+        max_shots=len(TRUTHFULQA),
         decoding=_SHORT,
         helpers={'true': _pair, 'informative': _pair},
         measures=('correct', 'nearer_to_right'),
     ),
-    Task('truthfulqa_mc', read_truthfulqa_choices, grade_choices, _TRUTHFULQA, shots=6, measures=('mc1',)),
+    Task(
+        'truthfulqa_mc',
+        read_truthfulqa_choices,
+        grade_choices,
+        _TRUTHFULQA_HOME,
+        shots=6,
+        max_shots=len(TRUTHFULQA),
+        measures=('mc1',),
+    ),
     Task(
         'toxigen',
         read_toxigen,
