@@ -118,7 +118,8 @@ class Files:
     def absent(self, what: str, found: Collection[str], known: Iterable[str]) -> None:
         """Notes which parts of a benchmark are not there; the figure is of the others alone."""
         if lacking := sorted(set(known) - set(found)):
-            self.notes.append(f'{len(lacking)} of {len(lacking) + len(set(found))} {what} are absent: {", ".join(lacking)}')
+            names = ', '.join(lacking if len(lacking) < 10 else [*lacking[:8], '…'])
+            self.notes.append(f'{len(lacking)} of {len(lacking) + len(set(found))} {what} are absent: {names}')
 
 
 def read_text(path: str) -> str:

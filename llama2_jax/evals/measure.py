@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 RESAMPLES = 1000
+SCORES = ('sentiment', 'helpfulness', 'harmlessness', 'f1', 'mc2')  # measures that are more than yes or no of a record
 Record = Mapping[str, Any]
 
 
@@ -23,7 +24,7 @@ def counts(records: Sequence[Record]) -> dict[str, int]:
 
 def shares(records: Sequence[Record]) -> list[str]:
     """The measures that are yes or no of each record, so that their means are shares."""
-    return [name for name, values in _values(records).items() if set(values) <= {0.0, 1.0}]
+    return [name for name, values in _values(records).items() if name not in SCORES and set(values) <= {0.0, 1.0}]
 
 
 def _values(records: Sequence[Record]) -> dict[str, list[float]]:
@@ -53,7 +54,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)  # exactly 0 and 1 at the ends
 
 
 def resampled(values: Sequence[float], name: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.evals.measure import wilson
 from llama2_jax.files import write_atomically
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute
@@ -248,6 +249,10 @@ def make_evaluate(
                 total[name] = total.get(name, 0) + pair
                 if name in ('loss', 'accuracy'):
                     figures[f'heldout/{source.name}/{name}'] = pair[0] / pair[1]
+        right, pairs = total['accuracy']
+        if pairs:
+            low, high = wilson(right / pairs, pairs)
+            say(f'Held-out accuracy {right / pairs:.1%} of {pairs:,.0f} pairs (95 % interval {low:.1%} to {high:.1%}).')
         return {f'heldout/{name}': part / whole for name, (part, whole) in total.items() if whole} | figures
 
     return evaluate
