@@ -1,115 +1,275 @@
-"""Pretraining steps compiled for TPU slices that need not be there: memory, predicted step time and MFU, beside MaxText's.
+"""The tables of docs/hardware.md: programs compiled for TPU slices, their memory and predicted step time.
 
-python benchmarks/tpu_programs.py                      # every cell: about two minutes each on two cores
-python benchmarks/tpu_programs.py --cells='70b v5p'    # those whose name holds this
+python benchmarks/tpu_programs.py                         # compiles every cell: one to four minutes each on two cores
+python benchmarks/tpu_programs.py --cells='sft'           # compiles the cells whose name holds this
+python benchmarks/tpu_programs.py --cells=none --markdown # writes the tables from results that are there
 
-A Markdown table. MaxText's figures are of its own tuned configs under the same compiler and reader. With --reader, a second
-reader of the same programs (`hlo_stats.py`) is asked for the step time too.
+Results are kept with their versions and date in tpu_programs.json beside this file. --markdown writes them into the tables and
+marks cells that were compiled with another libtpu than the one that jax[tpu] installs. With --reader, a second reader of the same
+programs (`hlo_stats.py`) must agree on the step time.
 """
 
+import datetime
 import importlib.util
+import json
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import MODELS
-from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.mesh import BATCH_AXES, make_mesh
-from llama2_jax.model.llama import Compute
-from llama2_jax.stages import pretrain
+from llama2_jax.config import MODELS, UserError, override
+from llama2_jax.mesh import decoding_mesh
+from llama2_jax.stages import generate, ppo_plan, reward, sft
+from llama2_jax.stages import pretrain as pretraining
 from llama2_jax.train import aot
 
-_CELLS = flags.DEFINE_string('cells', '', 'Only cells whose name holds this.')
-_READER = flags.DEFINE_string('reader', '../shared/tools/hlo_stats.py', 'A second reader of programs; skipped where absent.')
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'experiments'))
+import ppo as ppo_presets  # noqa: E402
+import pretrain as pretrain_presets  # noqa: E402
+import reward_model as reward_presets  # noqa: E402
+import sft as sft_presets  # noqa: E402
+
+_CELLS = flags.DEFINE_string('cells', '', 'Only the cell of this name, or cells whose name holds this.')
+_MARKDOWN = flags.DEFINE_bool('markdown', False, 'Write the tables of docs/hardware.md.')
+_READER = flags.DEFINE_string('reader', '', 'A second reader of programs, whose step times must be the same.')
+
+RESULTS = Path(__file__).with_suffix('.json')
+PAGE = ROOT / 'docs' / 'hardware.md'
+MARK = '†'  # of figures of another compiler
+Figures = dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """A model on a slice, tokens a sequence, sequences a chip, and what layers keep; MaxText's GB a chip and seconds a step."""
+    """A program on a slice.
 
-    model: str
+    Attributes:
+      table: The table that it belongs to, and the program.
+      preset: The preset; for decoding the size.
+      topology: The slice.
+      settings: Changes to the preset, as `--set` takes them.
+      peer: MaxText's GB and seconds for the same cell (its own tuned configs, libtpu 0.0.52).
+    """
+
+    table: str
+    preset: str
     topology: str
-    length: int
-    sequences: int
-    remat: str
-    peer_memory: str = ''
-    peer_seconds: float = 0
+    settings: tuple[str, ...] = ()
+    peer: str = ''
+
+    @property
+    def name(self) -> str:
+        """The key of its results."""
+        return ' '.join((self.table, self.preset, self.topology, *self.settings))
+
+
+def pretrain_cell(preset: str, topology: str, batch: int, length: int, remat: str, peer: str = '') -> Cell:
+    """A pretraining cell that differs from its preset in batch, length and what a layer keeps."""
+    return Cell('pretrain', preset, topology, (f'batch_size={batch}', f'length={length}', f'compute.remat={remat}'), peer)
 
 
 CELLS = (
-    Cell('7b', 'v5e:16x16', 2048, 4, 'q+k', '10.9', 3.23),
-    Cell('7b', 'v5p:4x4x4', 4096, 4, 'q+k+attention+gate+up', '49.4', 2.88),
-    Cell('13b', 'v5p:4x8x8', 4096, 4, 'q+k+attention+gate+up', '74.3', 5.48),
-    Cell('70b', 'v5p:4x4x4', 4096, 2, 'k+v+attention', '57.8', 13.4),
-    Cell('70b', 'v5p:4x8x8', 4096, 4, 'k+v+attention', '82.3', 25.7),
-    Cell('70b', 'v5e:16x16', 2048, 2, 'offload', '14.4 + 6.7 host', 16.6),
-    Cell('7b', 'v5e:16x16', 4096, 1, 'q+k+v+attention'),
-    Cell('7b', 'v5p:4x4x4', 4096, 1, 'q+k+v+attention+gate+up'),
-    Cell('13b', 'v5p:4x8x8', 4096, 1, 'q+k+v+attention+gate+up'),
-    Cell('70b', 'v5p:8x8x8', 4096, 1, 'q+k+v+attention'),
-    Cell('70b', 'v5e:16x16', 4096, 1, 'offload'),
+    Cell('sft', 'llama2_7b', 'v5e:4x4'),
+    Cell('pretrain', 'llama2_7b', 'v5e:16x16'),
+    pretrain_cell('llama2_7b', 'v5e:16x16', 1024, 2048, 'q+k', '10.9 GB, 3.23 s'),
+    pretrain_cell('llama2_70b', 'v5e:16x16', 512, 2048, 'offload', '14.4 + 6.7 host GB, 16.6 s'),
+    pretrain_cell('llama2_7b', 'v5p:4x4x4', 256, 4096, 'q+k+attention+gate+up', '49.4 GB, 2.88 s'),
+    Cell('reward_model', 'llama2_7b_helpfulness', 'v5e:16x16'),
+    Cell('ppo', 'llama2_7b', 'v5e:16x16'),
+    Cell('sft', 'lora_7b', 'v5e:2x2'),
+    Cell('sft', 'lora_7b_int8', 'v5e:1x1'),
+    Cell('decode', '7b', 'v5e:1x1', ('int8', 'batch_size=1')),
+    Cell('decode', '70b', 'v5p:2x2x4', ('batch_size=64',)),
+    Cell('pretrain', 'llama2_70b', 'v5p:4x8x8', (), '82.3 GB, 25.7 s'),
+    Cell('sft', 'llama2_13b', 'v5e:4x8'),
+    Cell('sft', 'llama2_70b', 'v5p:4x4x4'),
+    Cell('reward_model', 'llama2_13b_helpfulness', 'v5e:16x16'),
+    Cell('reward_model', 'llama2_70b_helpfulness', 'v5p:8x8x8'),
+    Cell('ppo', 'llama2_70b', 'v5p:8x8x8'),
+    Cell('ppo', 'llama2_13b', 'v5e:16x16'),
+    Cell('pretrain', 'llama2_13b', 'v5p:4x8x8', (), '74.3 GB, 5.48 s'),
+    Cell('pretrain', 'llama2_34b', 'v5p:4x8x8'),
+    pretrain_cell('llama2_70b', 'v5p:4x4x4', 128, 4096, 'k+v+attention', '57.8 GB, 13.4 s'),
+    pretrain_cell('llama2_7b', 'v5e:16x16', 256, 4096, 'q+k+v+attention'),
+    pretrain_cell('llama2_70b', 'v5e:16x16', 256, 4096, 'offload'),
+    pretrain_cell('llama2_7b', 'v5p:4x4x4', 64, 4096, 'q+k+v+attention+gate+up'),
+    pretrain_cell('llama2_13b', 'v5p:4x8x8', 256, 4096, 'q+k+v+attention+gate+up'),
+    pretrain_cell('llama2_70b', 'v5p:8x8x8', 512, 4096, 'q+k+v+attention'),
 )
 
 
-def compile_cell(cell: Cell) -> tuple[aot.Report, str, float]:
-    """The report on a cell's step, its text, and how many seconds it took to compile."""
-    devices = aot.topology_devices(cell.topology)
-    config = pretrain.PretrainConfig(
-        model=MODELS[cell.model],
-        data=DataConfig(mixture='toy:documents'),
-        compute=Compute(remat=cell.remat),
-        batch_size=cell.sequences * len(devices),
-        length=cell.length,
-    )
-    mesh, tokens = make_mesh(config.mesh, devices), config.batch_size * config.length
-    array = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+def compile_cell(cell: Cell) -> Figures:
+    """Compiles a cell; a program that does not fit gives {'refused': the reason}."""
+    stages = {'pretrain': (pretrain_presets, pretraining), 'sft': (sft_presets, sft), 'reward_model': (reward_presets, reward)}
+    versions = {'compiler': aot.compiler_of(aot.topology_devices(cell.topology)[0]), 'date': f'{datetime.date.today()}'}
     start = time.monotonic()
-    with jax.set_mesh(mesh):
-        state, _, step = pretrain.build(config, config.compute.on('tpu'))
-        compiled = aot.compile_step(step, state, {'tokens': array, 'segment_ids': array}, mesh)
-    flops = config.model.flops_per_token(config.length) * tokens
-    return aot.analyse(compiled, mesh, tokens, flops), compiled.text, time.monotonic() - start
-
-
-def second_reader(path: str):
-    """The `analyze` of a reader's file; None where there is no such file."""
     try:
-        spec = importlib.util.spec_from_file_location('hlo_stats', path)
-        module = sys.modules['hlo_stats'] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except FileNotFoundError:
-        return None
-    return module.analyze
+        if cell.table == 'decode':
+            figures = decoding(cell)
+        elif cell.table == 'ppo':
+            plan = ppo_plan.dry_run(override(ppo_presets.PRESETS[cell.preset](), cell.settings), cell.topology)
+            figures = iteration(plan)
+        else:
+            presets, stage = stages[cell.table]
+            config = override(presets.PRESETS[cell.preset](), cell.settings)
+            report = stage.dry_run(config, cell.topology)
+            figures = {'keeps': config.compute.remat, 'batch_size': config.batch_size, 'length': config.length, **of_step(report)}
+    except UserError as error:
+        figures = {'refused': str(error)}
+    return figures | versions | {'compile_seconds': round(time.monotonic() - start)}
+
+
+def of_step(report: aot.Report) -> Figures:
+    """Memory, seconds and MFU of a step."""
+    return {
+        'chips': report.chips, 'memory': report.memory, 'host': report.host, 'seconds': report.program.seconds, 'mfu': report.mfu
+    }  # fmt: skip
+
+
+def decoding(cell: Cell) -> Figures:
+    """A step of decoding with 4,096 places of cache for each sequence."""
+    int8, batch_size = 'int8' in cell.settings, int(cell.settings[-1].removeprefix('batch_size='))
+    model = MODELS[cell.preset]
+    report, bound = generate.compile_step(
+        model, decoding_mesh(model, aot.topology_devices(cell.topology)), batch_size, 4096, int8
+    )
+    report.check()
+    return of_step(report) | {'batch_size': batch_size, 'int8': int8, 'bound': bound}
+
+
+def iteration(plan: ppo_plan.Plan) -> Figures:
+    """Memory and seconds of an iteration of PPO."""
+    phases = {phase.name: {'needs': phase.needs, 'seconds': phase.times * phase.report.program.seconds} for phase in plan.phases}
+    seconds = sum(phase['seconds'] for phase in phases.values())
+    return {'chips': plan.phases[0].report.chips, 'memory': plan.peak, 'held': plan.held, 'phases': phases, 'seconds': seconds}
+
+
+# Tables: the columns of a row, given a cell and its figures.
+
+
+def memory(figures: Figures) -> str:
+    """GB a chip, and what is in host memory."""
+    return f'{figures["memory"] / 1e9:.1f}' + (f' + {figures["host"] / 1e9:.1f} host' if figures.get('host') else '')
+
+
+def trained_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
+    """Of a training step."""
+    rows = figures['batch_size'] / figures['chips']
+    return {
+        'preset': f'`{cell.preset}`',
+        'slice': cell.topology,
+        'tokens × rows a chip': f'{figures["length"]:,} × {rows:g}',
+        'keeps': f'`{figures["keeps"]}`',
+        'GB a chip': memory(figures),
+        'predicted s a step': f'{figures["seconds"]:.2f}',
+        'MFU': f'{figures["mfu"]:.1%}',
+    }
+
+
+def pretrain_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
+    """Of a pretraining step."""
+    return {**trained_row(cell, figures), 'MaxText, libtpu 0.0.52': cell.peer}
+
+
+def decode_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
+    """Of a step of decoding."""
+    return {
+        'model': cell.preset.upper(),
+        'slice': cell.topology,
+        'weights': 'int8' if figures['int8'] else 'bfloat16',
+        'sequences': f'{figures["batch_size"]}',
+        'GB a chip': memory(figures),
+        'predicted ms a token': f'{figures["seconds"] * 1e3:.1f}',
+        'bound, ms': f'{figures["bound"] * 1e3:.1f}',
+        'times the bound': f'{figures["seconds"] / figures["bound"]:.2f}',
+    }
+
+
+def ppo_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
+    """Of an iteration."""
+    phases = {name: f'{x["seconds"]:.1f} s, + {x["needs"] / 1e9:.1f} GB' for name, x in figures['phases'].items()}
+    return {
+        'preset': f'`{cell.preset}`',
+        'slice': cell.topology,
+        'GB a chip': memory(figures),
+        'held all the time': f'{sum(figures["held"].values()) / 1e9:.1f} GB',
+        **phases,
+        'an iteration': f'{figures["seconds"]:.0f} s',
+    }
+
+
+TABLES: dict[str, Callable[[Cell, Figures], Mapping[str, str]]] = {
+    'pretrain': pretrain_row,
+    'sft': trained_row,
+    'reward_model': trained_row,
+    'decode': decode_row,
+    'ppo': ppo_row,
+}
+
+
+def table(name: str, results: Mapping[str, Figures]) -> str:
+    """The rows of a table as Markdown, and the versions and dates of its figures."""
+    cells = [(cell, results[cell.name]) for cell in CELLS if cell.table == name and cell.name in results]
+    rows = [(cell, TABLES[name](cell, figures), figures) for cell, figures in cells if 'refused' not in figures]
+    columns = list(rows[0][1])
+    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
+    for _, row, figures in rows:
+        mark = f' {MARK}' if ', but ' in figures['compiler'] else ''
+        lines.append('| ' + ' | '.join([row[columns[0]] + mark, *(row[column] for column in columns[1:])]) + ' |')
+    refused = [f'`{cell.preset}` on {cell.topology}: {figures["refused"]}' for cell, figures in cells if 'refused' in figures]
+    versions = {(figures['compiler'].split(',')[0], ', but ' in figures['compiler']) for _, figures in cells}
+    dates = sorted({figures['date'] for _, figures in cells})
+    compilers = ' and '.join(f'{compiler}{f" ({MARK})" if other else ""}' for compiler, other in sorted(versions))
+    lines += ['', f'Compiled with {compilers}, {" to ".join(sorted({dates[0], dates[-1]}))}.']
+    return '\n'.join(lines + [f'\nDoes not fit: {line}' for line in refused])
+
+
+def write_page(results: Mapping[str, Figures]) -> None:
+    """Puts the tables between their markers."""
+    page = PAGE.read_text()
+    for name in TABLES:
+        if any(cell.table == name and cell.name in results for cell in CELLS):
+            begin, end = f'<!-- {name}: written by benchmarks/tpu_programs.py -->\n', '<!-- end -->'
+            before, _, rest = page.partition(begin)
+            _, found, after = rest.partition(end)
+            if not found:
+                raise UserError(f'{PAGE} has no place for the table {name}: put "{begin}{end}" there.')
+            page = f'{before}{begin}{table(name, results)}\n{end}{after}'
+    PAGE.write_text(page)
+
+
+def check_second_reader(path: str) -> None:
+    """Has every program that is compiled read by another reader, too."""
+    spec = importlib.util.spec_from_file_location('hlo_stats', path)
+    module = sys.modules['hlo_stats'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    read = aot.read_program
+
+    def both(text: str, chip: Any) -> Any:
+        ours, theirs = read(text, chip), module.analyze(text, chip.name)['pred_s']
+        if abs(ours.seconds / theirs - 1) > 1e-3:
+            raise UserError(f'The second reader predicts {theirs:.4f} s, this one {ours.seconds:.4f} s.')
+        return ours
+
+    aot.read_program = both
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table."""
+    """Compiles the cells, keeps their figures and writes the tables."""
     del argv
-    analyze = second_reader(_READER.value)
-    print(
-        '| cell | tokens × sequences a chip | keeps | GB a chip | s a step (second reader) | MFU | MaxText GB, s | s to compile |'
-    )
-    print('|---|---|---|---|---|---|---|---|')
-    for cell in CELLS:
-        if _CELLS.value not in f'{cell.model} {cell.topology} {cell.length}':
-            continue
-        report, text, seconds = compile_cell(cell)
-        report.check()
-        memory = f'{(report.arguments + report.temporaries) / 1e9:.1f}' + (
-            f' + {report.host / 1e9:.1f} host' if report.host else ''
-        )
-        second = f' ({analyze(text, report.chip.name)["pred_s"]:.2f})' if analyze else ''
-        peer = f'{cell.peer_memory}, {cell.peer_seconds}' if cell.peer_seconds else ''
-        print(
-            f'| {cell.model} {cell.topology} | {cell.length} × {cell.sequences} | {cell.remat} | {memory} | '
-            f'{report.program.seconds:.2f}{second} | {report.mfu:.1%} | {peer} | {seconds:.0f} |',
-            flush=True,
-        )
+    if _READER.value:
+        check_second_reader(_READER.value)
+    exact = [cell for cell in CELLS if cell.name == _CELLS.value]
+    for cell in exact or [cell for cell in CELLS if _CELLS.value in cell.name]:
+        figures = compile_cell(cell)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps({**results, cell.name: figures}, indent=1) + '\n')
+        print(cell.name, figures, sep='\n  ', flush=True)
+    if _MARKDOWN.value:
+        write_page(json.loads(RESULTS.read_text()))
 
 
 if __name__ == '__main__':

@@ -156,15 +156,21 @@ def token_loss(compute: Compute, model: Llama, batch: Batch) -> jax.Array:
     return model.loss(hidden_BLD, batch['targets'], batch['weights'])
 
 
-def make_heldout_loss(config: PretrainConfig, compute: Compute, mesh: Mesh) -> Callable:
-    """A function of parameters and one batch of the data: its loss in nats, and its number of targets."""
+def heldout_loss(config: PretrainConfig, compute: Compute) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted function of parameters and a batch: its loss in nats, and its number of targets."""
 
     @jax.jit
     def loss_and_tokens(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = split(batch, config.data.mask_documents)
         return token_loss(compute, model, batch), batch['weights'].sum()
 
-    return lambda model, batch: loss_and_tokens(model, to_mesh(batch, mesh))
+    return loss_and_tokens
+
+
+def make_heldout_loss(config: PretrainConfig, compute: Compute, mesh: Mesh) -> Callable:
+    """`heldout_loss` of a batch of the data, which it moves to the mesh."""
+    loss = heldout_loss(config, compute)
+    return lambda model, batch: loss(model, to_mesh(batch, mesh))
 
 
 def split(batch: Batch, mask_documents: bool) -> Batch:

@@ -208,13 +208,8 @@ def comparison_loss(compute: Compute, margin: str, safety_weight: float, model: 
     return (losses * batch['weights']).sum()
 
 
-def make_evaluate(
-    config: RewardConfig, data: PreferenceData, compute: Compute, mesh: Mesh
-) -> Callable[[State], dict[str, float]] | None:
-    """A function of the state: loss of the held-out pairs and, in all, by rating and of unsafe answers, what is told right."""
-    if not any(source.heldout for source in data.sources):
-        say('Nothing is held out: the sources are too small.')
-        return None
+def heldout_sums(config: RewardConfig, compute: Compute) -> Callable[[ScoreModel, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """The jitted function of a model and a batch of pairs: sums of loss and of correct comparisons, each with its count."""
 
     @jax.jit
     def sums(model: ScoreModel, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -234,6 +229,19 @@ def make_evaluate(
             return jax.tree.map(jnp.sum, found)
 
         return jax.tree.map(jnp.sum, jax.lax.map(of, microbatches(batch, config.accumulation)))
+
+    return sums
+
+
+def make_evaluate(
+    config: RewardConfig, data: PreferenceData, compute: Compute, mesh: Mesh
+) -> Callable[[State], dict[str, float]] | None:
+    """A function of the state: loss of the held-out pairs and, in all, by rating and of unsafe answers, what is told right."""
+    if not any(source.heldout for source in data.sources):
+        say('Nothing is held out: the sources are too small.')
+        return None
+
+    sums = heldout_sums(config, compute)
 
     def evaluate(state: State) -> dict[str, float]:
         figures: dict[str, float] = {}

@@ -244,6 +244,19 @@ def whole(frozen: Llama | None, params: Llama | Adapters, lora: LoraConfig) -> L
     return params if frozen is None else adapt(frozen, params, lora)
 
 
+def heldout_loss(config: SftConfig, compute: Compute) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted function of the frozen model or None, the trained parameters and a batch: its loss in nats, and its targets."""
+
+    @jax.jit
+    def loss_and_tokens(frozen: Llama | None, params: Llama | Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        batch = split(batch, mask_documents=True)
+        model = whole(frozen, params, config.lora)
+        nats = jax.lax.map(partial(token_loss, compute, model), microbatches(batch, config.accumulation))
+        return nats.sum(), batch['weights'].sum()
+
+    return loss_and_tokens
+
+
 def make_figures(
     config: SftConfig,
     data: DialogData,
@@ -255,16 +268,8 @@ def make_figures(
 ) -> Callable[[State], dict[str, float]] | None:
     """A function of the state: loss on the held-out dialogs and, for toy dialogs, the oracle's grades."""
 
-    @jax.jit
-    def loss_and_tokens(frozen: Llama | None, params: Llama | Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        batch = split(batch, mask_documents=True)
-        model = whole(frozen, params, config.lora)
-        nats = jax.lax.map(partial(token_loss, compute, model), microbatches(batch, config.accumulation))
-        return nats.sum(), batch['weights'].sum()
-
-    heldout = make_evaluate(
-        data, lambda params, batch: loss_and_tokens(frozen, params, to_mesh(batch, mesh)), config.eval_batches
-    )
+    loss = heldout_loss(config, compute)
+    heldout = make_evaluate(data, lambda params, batch: loss(frozen, params, to_mesh(batch, mesh)), config.eval_batches)
 
     def figures(state: State) -> dict[str, float]:
         grades = toy.grade(Engine(merged(state.params), tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
