@@ -1,38 +1,95 @@
-"""What source strings name: `toy:NAME`, `text:GLOB`, `jsonl:GLOB`, `arrayrecord:GLOB`, `tfds:NAME[/CONFIG][:VERSION][#split]`.
+"""What source strings name: `toy:NAME`, `text:PATH`, `rows:PATH`, `arrayrecord:PATH`, `tfds:NAME[/CONFIG][:VERSION][#split]`.
 
-`read_documents` gives the texts to pretrain on, `read_records` whole rows. Everything streams: no file is ever held in memory,
-but for one that is a single JSON array of records. Files ending in `.gz` are decompressed on the way, and `gs://` globs work
-where `etils.epath` can read them (`pip install gcsfs`), except `arrayrecord:`, which needs a mounted bucket.
+A PATH is a glob or a directory, of which all is read; `jsonl:` is another name of `rows:`. `read_documents` gives the texts to
+pretrain on, `read_records` whole rows. Everything streams: no file is ever held in memory, but for one that is a single JSON
+array (`data/files.py`). `gs://` globs work where `etils.epath` can read them (`pip install gcsfs`), except `arrayrecord:`,
+which needs a mounted bucket.
 """
 
+import collections
 import dataclasses
 import glob
-import gzip
 import hashlib
-import io
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 from llama2_jax.config import UserError, nearest
+from llama2_jax.data import files
 
 SEPARATOR = b'<|endoftext|>'  # a line of its own between two documents of a text file
 PIECE = 16 * 1024  # bytes; a longer text document is cut into pieces of at most this
 PART = 64 * 2**20  # bytes; small files are read together until a part has this much
 PARTS = 1024  # larger sources get larger parts, so that a token cache never has many more files than this
+FILES = 128  # a source of no more files than this has a part for each: then a new file changes no other part
 EXAMPLES = 16_384  # of a TFDS data set in one part, at least
 
 
-class Record(NamedTuple):
-    """A row with named fields, its file (or data set), and its place for errors: 'a.jsonl:17'."""
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A row, its file (or data set), and its place for errors: 'a.jsonl:17'; `value` may be JSON that is not parsed yet."""
 
     file: str
     where: str
-    fields: dict[str, Any]
+    value: Any
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The named fields that are not null.
+
+        Raises:
+          UserError: the row is no object, or no JSON.
+        """
+        value = files.parse(self.value, self.where) if isinstance(self.value, bytes) else self.value
+        try:
+            value = _plain(value) if self.file.startswith('tfds:') else value
+        except UnicodeDecodeError as error:
+            raise UserError(f'{self.where} is not valid UTF-8 at byte {error.start}.') from error
+        if not isinstance(value, dict):
+            columns = ': it has another number of columns than the header' if isinstance(value, list) else ''
+            raise UserError(f'{self.where} is not an object with named fields{columns}.')
+        return {name: inner for name, inner in value.items() if inner is not None}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the rows of a source.
+
+    Attributes:
+      skip: How many bad rows may be skipped.
+      bad: What is wrong with each of those that were.
+      dropped: How many rows or comparisons were left out, by reason.
+      cut: How many lost turns for length.
+    """
+
+    skip: int = 0
+    bad: list[str] = dataclasses.field(default_factory=list)
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    cut: int = 0
+
+    def refuse(self, error: UserError | str) -> None:
+        """Counts a bad row.
+
+        Raises:
+          UserError: there are more of them than may be skipped.
+        """
+        if len(self.bad) >= self.skip:
+            raise UserError(f'{error} ({self.skip} bad rows of this source were skipped before.)' if self.skip else str(error))
+        self.bad.append(str(error))
+
+    def add(self, other: 'Tally') -> None:
+        """Adds what became of other rows."""
+        for error in other.bad:
+            self.refuse(error)
+        self.dropped.update(other.dropped)
+        self.cut += other.cut
+
+    def __str__(self) -> str:
+        """Such as '3 too long, 1 tie, 2 bad rows'."""
+        counts = [f'{count:,} {reason}' for reason, count in sorted(self.dropped.items()) if count]
+        return ', '.join(counts + ([f'{len(self.bad):,} bad rows'] if self.bad else []))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +97,7 @@ class Part:
     """An independent share of a source; the parts of a source in order hold its documents in order.
 
     Attributes:
-      kind: toy, text, jsonl, arrayrecord or tfds.
+      kind: toy, text, rows, arrayrecord or tfds.
       names: files, or one toy genre or kind of records, or one TFDS data set with its split.
       stamp: changes when the content may have: sizes and times of the files, versions.
       bytes: size of the files as they lie, 0 if unknown; None where reading needs more bytes than the files have (gz).
@@ -54,25 +111,35 @@ class Part:
     start: int = 0
     stop: int = 0
 
-    def documents(self) -> Iterator[str]:
-        """The documents, streamed; empty ones too."""
+    def documents(self, tally: Tally | None = None) -> Iterator[str]:
+        """The documents, streamed; empty ones too.
+
+        Raises:
+          UserError: a row without text, if there are more than `tally` allows (by default none).
+        """
         if self.kind == 'toy':
             from llama2_jax.data import toy
 
             if self.names[0] in toy.RECORDS:
                 raise UserError(f'Source toy:{self.names[0]} holds records, not documents.')
             yield from toy.documents(self.names[0])
-        elif self.kind == 'tfds':
-            yield from _read_tfds(self.names[0], self.start, self.stop)
-        else:
+        elif self.kind == 'text':
             for name in self.names:
-                yield from _READERS[self.kind](name)
+                yield from _read_text(name)
+        else:
+            for record in self.records():
+                try:
+                    text = _text_field(record)
+                except UserError as error:
+                    (tally or Tally()).refuse(error)
+                else:
+                    yield text
 
     def records(self) -> Iterator[Record]:
-        """The rows, streamed.
+        """The rows, streamed. What is wrong with one is found when its fields are read.
 
         Raises:
-          UserError: the source holds plain text, or a row is not an object.
+          UserError: the source holds plain text, or a file is damaged.
         """
         name = self.names[0]
         if self.kind == 'toy':
@@ -84,16 +151,13 @@ class Part:
                 yield Record(f'toy:{name}', f'toy:{name} record {i}', fields)
         elif self.kind == 'tfds':
             for where, example in _tfds_rows(name, self.start, self.stop):
-                try:
-                    yield _record(name, where, _plain(example))
-                except UnicodeDecodeError as error:
-                    raise UserError(f'{where} is not valid UTF-8 at byte {error.start}.') from error
+                yield Record(f'tfds:{name}', where, example)
         elif self.kind == 'text':
-            raise UserError(f'Source text:{name} is plain text; records are read from jsonl:, arrayrecord:, tfds: and toy:.')
+            raise UserError(f'Source text:{name} is plain text; records are read from rows:, arrayrecord:, tfds: and toy:.')
         else:
             for name in self.names:
-                for where, data in _ROWS[self.kind](name):
-                    yield _record(name, where, _parse(data, where) if isinstance(data, bytes) else data)
+                for where, value in _array_records(name) if self.kind == 'arrayrecord' else files.read_rows(name):
+                    yield Record(name, where, value)
 
 
 def read_records(source: str) -> Iterator[Record]:
@@ -106,14 +170,14 @@ def read_records(source: str) -> Iterator[Record]:
         yield from part.records()
 
 
-def read_documents(source: str) -> Iterator[str]:
-    """All documents of a source string, in order.
+def read_documents(source: str, tally: Tally | None = None) -> Iterator[str]:
+    """All documents of a source string, in order; `tally` counts what is wrong, and says how much of it may be skipped.
 
     Raises:
       UserError: unknown kind, nothing there, or a corrupt file, naming file and line, byte or record.
     """
     for part in split(source):
-        yield from part.documents()
+        yield from part.documents(tally)
 
 
 def split(source: str) -> list[Part]:
@@ -123,6 +187,8 @@ def split(source: str) -> list[Part]:
       UserError: unknown kind or genre, or nothing there.
     """
     kind, colon, name = source.partition(':')
+    if kind in ('parquet', 'csv', 'json', 'arrow', 'hf'):
+        raise UserError(f'Source {source!r}: write rows:{name or "PATH"}; the content of a file says what its format is.')
     if kind not in _SPLITTERS:
         raise UserError(f'Source {source!r} is of an unknown kind {kind!r}; {nearest(kind, _SPLITTERS)}')
     if not colon or not name:
@@ -137,18 +203,19 @@ def split(source: str) -> list[Part]:
 
 
 def _split_files(kind: str, pattern: str) -> list[Part]:
-    files = list(_glob(pattern))
-    if not files:
+    reader = 'rows' if kind == 'jsonl' else kind
+    found = list(_glob(_inside(reader, pattern)))
+    if not found:
         raise UserError(f'Source {kind}:{pattern} matches no file.')
-    target = max(PART, sum(size for _, size, _ in files) // PARTS)
+    target = max(PART, sum(size for _, size, _ in found) // PARTS)
     parts, group, total = [], [], 0
-    for file in files:
+    for file in found:
         group.append(file)
         total += file[1]
-        if total >= target or file is files[-1]:
+        if total >= target or file is found[-1] or len(found) <= FILES:
             names, sizes, times = zip(*group, strict=True)
-            zipped = any(name.endswith('.gz') for name in names)
-            parts.append(Part(kind, names, f'{sizes}{times}', None if zipped else total))
+            packed = any(name.endswith(('.gz', '.zst', '.zstd', '.parquet', '.arrow')) for name in names)
+            parts.append(Part(reader, names, f'{sizes}{times}', None if packed else total))
             group, total = [], 0
     return parts
 
@@ -176,22 +243,59 @@ def _split_tfds(kind: str, name: str) -> list[Part]:
 _SPLITTERS: dict[str, Callable[[str, str], list[Part]]] = {
     'toy': _split_toy,
     'text': _split_files,
+    'rows': _split_files,
     'jsonl': _split_files,
     'arrayrecord': _split_files,
     'tfds': _split_tfds,
 }
 _FORMS = {
     'toy': 'toy:documents or toy:<genre>',
-    'text': 'text:GLOB',
-    'jsonl': 'jsonl:GLOB',
-    'arrayrecord': 'arrayrecord:GLOB',
+    'text': 'text:PATH',
+    'rows': 'rows:PATH',
+    'jsonl': 'rows:PATH',
+    'arrayrecord': 'arrayrecord:PATH',
     'tfds': 'tfds:NAME[/CONFIG][:VERSION][#split]',
 }
 
 
-def _glob(pattern: str) -> Iterator[tuple[str, int, int]]:
+KINDS = tuple(_SPLITTERS)
+SPLIT_NAMES = {'train': 'train', 'test': 'test', 'validation': 'validation', 'valid': 'validation', 'val': 'validation'}
+
+
+def _inside(kind: str, pattern: str) -> list[str] | str:
+    """The files in a directory that a source of a kind reads; a glob as it is.
+
+    Raises:
+      UserError: a directory without such files, or with several splits of a data set.
+    """
+    folder = Path(pattern).expanduser()
+    if '://' in pattern or not folder.is_dir():
+        return pattern
+    listed = folder / 'state.json'  # of Hugging Face's save_to_disk
+    if listed.is_file() and 'arrow' in (text := listed.read_text(errors='replace')):
+        names = [str(folder / entry['filename']) for entry in files.parse(text.encode(), str(listed)).get('_data_files', ())]
+        if names:
+            return names
+    found = sorted(path for path in folder.rglob('*') if path.is_file())
+    found = [path for path in found if not any(name.startswith('.') for name in path.relative_to(folder).parts)]
+    wanted = {'rows': lambda name: files.is_rows(name) and name not in _METADATA, 'arrayrecord': lambda name: 'arrayrec' in name}
+    found = [path for path in found if kind == 'text' or wanted[kind](path.name)]
+    if not found:
+        raise UserError(f'Source {kind}:{pattern} is a directory without files of {"text" if kind == "text" else "rows"}.')
+    words = {word for path in found for word in re.split(r'[-._/]', str(path.relative_to(folder)))}
+    splits = {SPLIT_NAMES[word] for word in words & SPLIT_NAMES.keys()}
+    if len(splits) > 1:
+        names = ', '.join(sorted(splits))
+        raise UserError(f'Source {kind}:{pattern} has the splits {names}: name the files or the folder of one.')
+    return list(map(str, found))
+
+
+_METADATA = ('state.json', 'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'config.json', 'metadata.json')
+
+
+def _glob(pattern: list[str] | str) -> Iterator[tuple[str, int, int]]:
     """Path, size and modification time of the files that match, sorted by path."""
-    if '://' in pattern:
+    if not isinstance(pattern, list) and '://' in pattern:
         from etils import epath
 
         parent = re.match(r'[^*?\[]*/', pattern).group()
@@ -199,40 +303,15 @@ def _glob(pattern: str) -> Iterator[tuple[str, int, int]]:
         for path in paths:
             yield str(path), path.stat().length, int(path.stat().mtime)
     else:
-        for path in map(Path, sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))):
+        if not isinstance(pattern, list):
+            literal = Path(pattern).expanduser()  # may hold brackets
+            pattern = [str(literal)] if literal.is_file() else sorted(glob.glob(str(literal), recursive=True))
+        for path in map(Path, pattern):
             if path.is_file():
                 yield str(path), path.stat().st_size, path.stat().st_mtime_ns
 
 
 # Reading
-
-
-def _open(path: str) -> BinaryIO:
-    if '://' in path:
-        from etils import epath
-
-        raw = epath.Path(path).open('rb')
-    else:
-        raw = open(path, 'rb')  # noqa: SIM115 the caller closes it
-    return io.BufferedReader(_Gzip(path, raw), 2**18) if path.endswith('.gz') else raw
-
-
-class _Gzip(gzip.GzipFile):
-    """A GzipFile whose errors name the file."""
-
-    def __init__(self, path: str, raw: BinaryIO):
-        super().__init__(fileobj=raw, mode='rb')
-        self._where, self._raw = path, raw
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
-
-    def readinto(self, buffer) -> int:
-        try:
-            return super().readinto(buffer)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f'{self._where} is a corrupt or half-written gzip file: {error}.') from error
 
 
 def _read_text(path: str) -> Iterator[str]:
@@ -250,7 +329,8 @@ def _read_text(path: str) -> Iterator[str]:
         offset += len(piece)
         return text
 
-    with _open(path) as file:
+    with files.open_file(path) as file:
+        files.check_text(path, file.peek(files.HEAD)[: files.HEAD])
         while line := file.readline(PIECE):
             if line_start and line.rstrip(b'\r\n') == SEPARATOR:
                 yield decode(len(buffer))
@@ -266,35 +346,14 @@ def _read_text(path: str) -> Iterator[str]:
 
 def _cut(buffer: bytearray) -> int:
     """Where to cut: after the last blank line within PIECE bytes, else after the last newline, else space, else character."""
-    for mark in (b'\n\n', b'\n', b' '):
-        at = buffer.rfind(mark, 0, PIECE)
+    for marks in ((b'\n\n', b'\n\r\n'), (b'\n',), (b' ',)):
+        at, mark = max((buffer.rfind(mark, 0, PIECE), mark) for mark in marks)
         if at >= 0:
             return at + len(mark)
     end = PIECE
     while end > PIECE - 4 and buffer[end] & 0xC0 == 0x80:  # the second to fourth byte of a character
         end -= 1
     return end
-
-
-def _lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file, with their places."""
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield f'{path}:{number}', line
-
-
-def _rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The lines of a jsonl file, or the elements of one that is a single JSON array, as some data sets are published."""
-    with _open(path) as file:
-        array = file.readline().lstrip().startswith(b'[')
-    if not array:
-        yield from _lines(path)
-        return
-    with _open(path) as file:
-        rows = _parse(file.read(), path)
-    for number, row in enumerate(rows):
-        yield f'{path} element {number}', row
 
 
 def _array_records(path: str) -> Iterator[tuple[str, bytes]]:
@@ -311,37 +370,18 @@ def _array_records(path: str) -> Iterator[tuple[str, bytes]]:
         raise UserError(f'{path} record {number} cannot be read, the file is corrupt or half-written: {error}.') from error
 
 
-def _text_field(data: bytes, where: str) -> str:
+def _text_field(record: Record) -> str:
+    text = record.fields.get('text')
+    if isinstance(text, bytes):
+        text = text.decode()
+    if not isinstance(text, str):
+        have = ', '.join(record.fields) or 'none'
+        raise UserError(f"{record.where} has no field 'text' that is a text (it has: {have}).")
     try:
-        text = json.loads(data.decode())['text']
         text.encode()  # JSON can spell half a surrogate pair, which is no text
-    except KeyError:
-        raise UserError(f"{where} has no field 'text'.") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} is not a JSON object with a string 'text': {error}.") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{record.where}: 'text' is no text: {error}.") from error
     return text
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode())
-    except ValueError as error:
-        raise UserError(f'{where} is not JSON: {error}.') from error
-
-
-def _record(file: str, where: str, value: Any) -> Record:
-    if not isinstance(value, dict):
-        raise UserError(f'{where} is not an object with named fields.')
-    return Record(file, where, value)
-
-
-def _texts(rows: Callable[[str], Iterator[tuple[str, bytes]]], path: str) -> Iterator[str]:
-    for where, data in rows(path):
-        yield _text_field(data, where)
-
-
-_READERS = {'text': _read_text, 'jsonl': partial(_texts, _lines), 'arrayrecord': partial(_texts, _array_records)}
-_ROWS = {'jsonl': _rows, 'arrayrecord': _array_records}
 
 
 def _tfds_examples(name: str):
@@ -372,15 +412,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, 'tolist'):  # numpy
         return _plain(value.tolist())
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _read_tfds(name: str, start: int, stop: int) -> Iterator[str]:
-    for where, example in _tfds_rows(name, start, stop):
-        text = example.get('text') if isinstance(example, dict) else None
-        if not isinstance(text, str | bytes):
-            fields = ', '.join(example) if isinstance(example, dict) else type(example).__name__
-            raise UserError(f"{where} has no field 'text' (it has: {fields}).")
-        try:
-            yield text.decode() if isinstance(text, bytes) else text
-        except UnicodeDecodeError as error:
-            raise UserError(f'{where} is not valid UTF-8 at byte {error.start}.') from error

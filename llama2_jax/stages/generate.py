@@ -170,8 +170,8 @@ def _name(index: int, row: Mapping[str, Any]) -> Any:
 
 
 def as_source(rows: str) -> str:
-    """A source of rows, or the path of a .jsonl file as one."""
-    return rows if re.match(r'(toy|jsonl|arrayrecord|tfds):', rows) else f'jsonl:{rows}'
+    """A source of rows, or the path of a file of rows as one."""
+    return rows if re.match(r'(toy|rows|jsonl|arrayrecord|tfds):', rows) else f'jsonl:{rows}'
 
 
 def fingerprint(rows: list[tuple[Any, str]]) -> int:

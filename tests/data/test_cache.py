@@ -136,7 +136,7 @@ def test_a_killed_build_goes_on_and_never_looks_whole(corpus, tmp_path, monkeypa
 
 def test_bad_source_leaves_nothing_that_looks_whole(corpus, tmp_path):
     (tmp_path / '4.jsonl').write_text('{"text": "a"}\n{"text"}')
-    with pytest.raises(UserError, match=r'/4\.jsonl:2 is not a JSON object'):
+    with pytest.raises(UserError, match=r'/4\.jsonl:2 is not JSON'):
         build(corpus, tmp_path / 'cache')
     (directory,) = (tmp_path / 'cache').iterdir()
     assert not [name for name in contents(directory) if name == 'meta.json' or name.endswith('.tmp')]

@@ -121,7 +121,7 @@ def test_mistakes_name_file_and_row(read, tmp_path, rows, sentence):
 
 def test_other_sources(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('text')
-    with pytest.raises(UserError, match=r'^Source text:.*a\.txt is plain text; records are read from jsonl:'):
+    with pytest.raises(UserError, match=r'^Source text:.*a\.txt is plain text; records are read from rows:'):
         list(read_dialogs(f'text:{tmp_path}/a.txt'))
     with pytest.raises(UserError, match=r'^Source toy:guides holds documents, not records; '):
         list(read_dialogs('toy:guides'))

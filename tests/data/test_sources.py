@@ -98,7 +98,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
     assert set(read_documents('tfds:mini_text:1.0.0')) == texts
     assert len(list(read_documents('tfds:mini_text#train[:40%]'))) == 2
     assert 'tensorflow' not in sys.modules
-    with pytest.raises(UserError, match=r"^Source tfds:mini_titles example 0 has no field 'text' \(it has: title\)\.$"):
+    with pytest.raises(UserError, match=r"^Source tfds:mini_titles example 0 has no field 'text' .*\(it has: title\)\.$"):
         list(read_documents('tfds:mini_titles'))
     with pytest.raises(UserError, match="^Source tfds:mini_text#nope cannot be opened: .*Unknown split 'nope'"):
         list(read_documents('tfds:mini_text#nope'))
@@ -117,6 +117,7 @@ def test_toy_documents_are_all_genres():
 
 def test_small_files_are_read_together_and_the_stamp_follows_the_content(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'PART', 10)
+    monkeypatch.setattr(sources, 'FILES', 1)
     for i, size in enumerate([4, 4, 4, 20, 1]):
         write(tmp_path / f'{i}.txt', b'x' * size)
     parts = sources.split(f'text:{tmp_path}/*')
@@ -136,13 +137,13 @@ def test_small_files_are_read_together_and_the_stamp_follows_the_content(tmp_pat
             'a.jsonl',
             b'{"text": "a"}\n{"text": "b"\n',
             'jsonl',
-            r'/a\.jsonl:2 is not a JSON object.*: Expecting',
+            r'/a\.jsonl:2 is not JSON: Expecting',
         ),
-        ('a.jsonl', b'{"text": "a"}\n\n{"txt": "b"}\n', 'jsonl', r"/a\.jsonl:3 has no field 'text'\.$"),
-        ('a.jsonl', b'{"text": null}', 'jsonl', r"/a\.jsonl:1 is not a JSON object with a string 'text'"),
-        ('a.jsonl', b'["text"]', 'jsonl', r"/a\.jsonl:1 is not a JSON object with a string 'text'"),
-        ('a.jsonl', b'{"text": "\xff"}', 'jsonl', r"/a\.jsonl:1 is not a JSON object.*'utf-8' codec can't decode byte 0xff"),
-        ('a.jsonl', b'{"text": "\\ud800"}', 'jsonl', r'/a\.jsonl:1 is not a JSON object.*surrogates not allowed'),
+        ('a.jsonl', b'{"text": "a"}\n\n{"txt": "b"}\n', 'jsonl', r"/a\.jsonl:3 has no field 'text' .*\(it has: txt\)"),
+        ('a.jsonl', b'{"text": null}', 'jsonl', r"/a\.jsonl:1 has no field 'text'"),
+        ('a.jsonl', b'["text"]', 'jsonl', r'/a\.jsonl element 0 is not an object'),
+        ('a.jsonl', b'{"text": "\xff"}', 'jsonl', r"/a\.jsonl:1 is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('a.jsonl', b'{"text": "\\ud800"}', 'jsonl', r"/a\.jsonl:1: 'text' is no text: .*surrogates not allowed"),
     ],
 )
 def test_bad_files_are_named_with_the_place(tmp_path, name, data, kind, sentence):
@@ -174,7 +175,7 @@ def test_a_damaged_arrayrecord_is_named_with_the_record(tmp_path):
     with pytest.raises(UserError, match=r'/a\.arrayrecord record 12 cannot be read, the file is corrupt'):
         list(read_documents(f'arrayrecord:{path}'))
     write_arrayrecord(path, [b'{"text": "a"}', b'{}'])
-    with pytest.raises(UserError, match=r"/a\.arrayrecord record 1 has no field 'text'\.$"):
+    with pytest.raises(UserError, match=r"/a\.arrayrecord record 1 has no field 'text'"):
         list(read_documents(f'arrayrecord:{path}'))
 
 
@@ -183,7 +184,7 @@ def test_a_damaged_arrayrecord_is_named_with_the_record(tmp_path):
     [
         ('txt:a', r"Source 'txt:a' is of an unknown kind 'txt'; did you mean 'text'\?"),
         ('corpus.txt', r"Source 'corpus.txt' is of an unknown kind 'corpus.txt'; "),
-        ('text', r"Source 'text' names nothing after 'text'; write text:GLOB\."),
+        ('text', r"Source 'text' names nothing after 'text'; write text:PATH\."),
         ('jsonl:/nowhere/*.jsonl', r'Source jsonl:/nowhere/\*\.jsonl matches no file\.'),
     ],
 )

@@ -1,0 +1,206 @@
+"""Rows of files, told apart by content: JSON lines, a JSON array, Parquet, Arrow, CSV; plain, gzip or zstd.
+
+Everything streams but a JSON array. A file whose name promises another format than its content has is refused by name.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from llama2_jax.config import UserError
+
+HEAD = 1024  # bytes that tell formats apart
+MAGIC = {
+    b'\x1f\x8b': 'gzip', b'\x28\xb5\x2f\xfd': 'zstd', b'PAR1': 'parquet', b'ARROW1': 'arrow', b'\xff\xff\xff\xff': 'arrow',
+    b'PK\x03\x04': 'zip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x80\x04': 'pickle', b'%PDF': 'PDF', b'\x7fELF': 'a program',
+    b'SQLite format 3': 'SQLite', b'\xff\xfe': 'UTF-16 text', b'\xfe\xff': 'UTF-16 text',
+}  # fmt: skip
+SUFFIXES = {
+    '.gz': 'gzip', '.zst': 'zstd', '.zstd': 'zstd', '.parquet': 'parquet', '.arrow': 'arrow', '.jsonl': 'JSON', '.json': 'JSON',
+    '.ndjson': 'JSON', '.csv': 'csv', '.tsv': 'csv', '.txt': 'text',
+}  # fmt: skip
+PACKED = ('gzip', 'zstd')
+BOM = b'\xef\xbb\xbf'
+
+
+def is_rows(name: str) -> bool:
+    """Whether a file is one of rows, by its name."""
+    return _promised(name) not in (None, 'text')
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file, decompressed if its content is gzip or zstd, without a byte order mark.
+
+    Raises:
+      UserError: the name promises another format than the content has, or while reading: the file is damaged.
+    """
+    raw = _open(path)
+    found, promised = looks_like(raw.peek(HEAD)[:HEAD]), SUFFIXES.get(PurePath(path).suffix.lower())
+    if promised in PACKED and raw.peek(1) and found != promised:
+        raw.close()
+        raise UserError(f'{path} is a corrupt or half-written {promised} file: it looks like {found}.')
+    if promised and promised not in PACKED and found in PACKED:
+        raw.close()
+        raise UserError(f'{path} looks like {found}; rename it to end in .{ {"gzip": "gz", "zstd": "zst"}[found] }.')
+    file = io.BufferedReader(_Unpacked(path, raw, found), 2**18) if found in PACKED else raw
+    if file.peek(3)[:3] == BOM:
+        file.read(3)
+    return file
+
+
+def _open(path: str) -> io.BufferedReader:
+    if '://' in path:
+        from etils import epath
+
+        file = epath.Path(path).open('rb')
+        return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
+    return open(path, 'rb')
+
+
+def looks_like(head: bytes) -> str:
+    """The format of a file by its first bytes; 'JSON', 'csv' or 'text' where it is text, 'binary data' where it is unknown."""
+    for magic, name in MAGIC.items():
+        if head.startswith(magic):
+            return name
+    if head[257:262] == b'ustar':
+        return 'tar'
+    if b'\0' in head:
+        return 'binary data'
+    line = head.removeprefix(BOM).lstrip().split(b'\n')[0]
+    if line[:1] in (b'{', b'['):
+        return 'JSON'
+    return 'csv' if re.fullmatch(rb'["\w .-]+([,\t]["\w .-]+)+\r?', line) else 'text'
+
+
+def check_text(path: str, head: bytes) -> None:
+    """Raises a UserError if a file of text is something else."""
+    if (found := looks_like(head)) not in ('JSON', 'csv', 'text'):
+        raise UserError(f'{path} is no text, it looks like {found}; {_ADVICE.get(found, "remove it or convert it to text")}.')
+
+
+_ADVICE = {'parquet': 'read it as rows:', 'arrow': 'read it as rows:', 'tar': 'unpack it', 'zip': 'unpack it'}
+
+
+class _Unpacked(io.RawIOBase):
+    """The decompressed bytes of a file, with errors that name it."""
+
+    def __init__(self, path: str, raw: BinaryIO, format: str):
+        self._path, self._raw, self._format = path, raw, format
+        self._file = gzip.GzipFile(fileobj=raw) if format == 'gzip' else pa.CompressedInputStream(pa.PythonFile(raw), 'zstd')
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
+            raise UserError(f'{self._path} is a corrupt or half-written {self._format} file: {error}.') from error
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def read_rows(path: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a file with their places, such as 'a.jsonl:17': objects, or where they are JSON lines, their bytes.
+
+    Raises:
+      UserError: a format that holds no rows, another one than the name promises, or a damaged file.
+    """
+    with open_file(path) as file:
+        head = file.peek(HEAD)[:HEAD]
+        found, promised = looks_like(head), _promised(path)
+        if found == 'text' and promised in ('JSON', 'csv'):  # the rows will say what is wrong
+            found = promised
+        if not head.strip():
+            return
+        if promised and found != promised:
+            raise UserError(f'{path} looks like {found}, not like {promised} as its name says: rename it.')
+        if found not in _READERS:
+            raise UserError(f'{path} looks like {found}; rows are read from JSON, Parquet, Arrow and CSV.')
+        yield from _READERS[found](path, file)
+
+
+def _promised(path: str) -> str | None:
+    suffixes = [SUFFIXES.get(suffix.lower()) for suffix in PurePath(path).suffixes]
+    inner = [name for name in suffixes if name not in PACKED] if suffixes and suffixes[-1] in PACKED else suffixes
+    return inner[-1] if inner else None
+
+
+def _json(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    first, blank = file.readline(), 0
+    while first.isspace():
+        first, blank = file.readline(), blank + 1
+    if not first.lstrip().startswith(b'['):
+        for number, line in enumerate(itertools.chain([first], file), blank + 1):
+            if not line.isspace():
+                yield f'{path}:{number}', line
+        return
+    rows = parse(first + file.read(), path)
+    for number, row in enumerate(rows):
+        yield f'{path} element {number}', row
+
+
+def parse(data: bytes, where: str) -> Any:
+    """JSON, or a UserError that names the place."""
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where} is not JSON: {error}.') from error
+
+
+def _csv(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with io.TextIOWrapper(file, 'utf-8', newline='') as text:
+            header = text.readline()
+            mark = '\t' if '\t' in header and ',' not in header else ','
+            names = next(csv.reader([header], delimiter=mark))
+            reader = csv.reader(text, delimiter=mark, strict=True)
+            for row in reader:
+                if row:
+                    yield f'{path}:{reader.line_num + 1}', dict(zip(names, row, strict=True)) if len(row) == len(names) else row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'{path} is no CSV file in UTF-8: {error}.') from error
+
+
+def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    yield from _batches(path, lambda: pa.parquet.ParquetFile(file).iter_batches(1024))
+
+
+def _arrow(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    def batches() -> Iterator[pa.RecordBatch]:
+        if file.peek(6)[:6] == b'ARROW1':
+            reader = pa.ipc.open_file(file)
+            return (reader.get_batch(i) for i in range(reader.num_record_batches))
+        return iter(pa.ipc.open_stream(file))
+
+    yield from _batches(path, batches)
+
+
+def _batches(path: str, open) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for batch in open():
+            for row in batch.to_pylist():
+                yield f'{path} row {number}', row
+                number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} is corrupt or half-written at row {number}: {error}.') from error
+
+
+_READERS = {'JSON': _json, 'csv': _csv, 'parquet': _parquet, 'arrow': _arrow}
