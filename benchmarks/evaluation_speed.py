@@ -32,7 +32,7 @@ SUBJECTS = ('high_school_biology', 'professional_psychology')
 class Words:
     """A tokenizer of a kind: a number for each word, about as many tokens as LLaMA 2's has."""
 
-    unk_id, bos_id, eos_id, vocab_size = 0, 1, 2, 32000
+    unk_id, bos_id, eos_id, stop_ids, vocab_size = 0, 1, 2, (), 32000
 
     def encode(self, text: str) -> list[int]:
         """Ids, BOS first."""

@@ -31,7 +31,7 @@ CONFIG = ModelConfig(vocab_size=32_000, dim=288, layers=6, heads=6, kv_heads=6, 
 class Silent:
     """A tokenizer in which nothing ends a text, and nothing is shown."""
 
-    eos_id, bos_id, vocab_size = -1, 1, CONFIG.vocab_size
+    eos_id, bos_id, stop_ids, vocab_size = -1, 1, (), CONFIG.vocab_size
 
     def decode(self, ids: list[int]) -> str:
         """No text."""

@@ -5,22 +5,28 @@ import errno
 import fcntl
 import fnmatch
 import io
+import json
 import mmap
 import os
+import stat
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
 
-from llama2_jax.config import UserError
+from llama2_jax.config import UserError, shown
 
 STAGING = 2**23  # bytes that are written at once
 PAST_THE_CACHE = getattr(os, 'O_DIRECT', 0)  # Linux has it
 BUCKET_SECONDS = 60.0  # a file in a bucket that grows is written anew so often at most
 # Of a bucket that is not there, not allowed or not reachable; each library has errors of its own.
 BUCKET_LIBRARIES = ('gcsfs', 'google', 'aiohttp', 'requests')
+JSON_BYTES = 2**23  # a config, an index of shards or a header of a model of 80 layers takes a tenth of it
+JSON_DEPTH = 64
+LFS_POINTER = b'version https://git-lfs'
+T = TypeVar('T')
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
@@ -66,9 +72,42 @@ def make_directory(path: str | os.PathLike) -> epath.Path:
     return path
 
 
+def open_file(path: epath.Path) -> BinaryIO:
+    """Opens a file that is not ours for reading. Everything that reads such files goes through here.
+
+    Raises:
+      UserError: it cannot be read, is a pipe, device or directory (reading a pipe waits forever), or is a pointer of Git LFS.
+    """
+    if is_remote(path):
+        return path.open('rb')
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # would wait for a writer to a pipe otherwise
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or error}.') from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f'{path} is not a regular file but a directory, a pipe or a device, which is not read.')
+    if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+        os.close(descriptor)
+        raise UserError(f'{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` where it was cloned.')
+    return os.fdopen(descriptor, 'rb')
+
+
+def check_regular(directory: epath.Path) -> None:
+    """Refuses a directory that is to be read by another library and holds pipes or devices, at any depth.
+
+    Raises:
+      UserError: naming the first of them.
+    """
+    for place, _, names in () if is_remote(directory) else os.walk(directory):
+        for name in names:
+            if not os.path.isfile(file := os.path.join(place, name)):
+                raise UserError(f'{file} is not a regular file but a pipe, a device or a broken link, which is not read.')
+
+
 def size_of(path: epath.Path) -> int:
     """Bytes of a file."""
-    with path.open('rb') as file:
+    with open_file(path) as file:
         return file.seek(0, os.SEEK_END)
 
 
@@ -78,21 +117,90 @@ def read_bytes(path: epath.Path, offset: int, size: int) -> np.ndarray:
     Raises:
       UserError: they are not there.
     """
-    buffer = np.empty(size, np.uint8)
-    read_into(path, offset, buffer)
+    with open_file(path) as file:
+        if offset + size > (there := file.seek(0, os.SEEK_END)):  # before memory is taken
+            raise UserError(f'{path} is cut short: it has {there} bytes, and {offset + size} are needed.')
+        buffer = np.empty(size, np.uint8)
+        _fill(file, offset, buffer, path)
     return buffer
 
 
 def read_into(path: epath.Path, offset: int, buffer: np.ndarray) -> None:
     """Fills a buffer of uint8 with bytes of a file from `offset` on; errors as of `read_bytes`."""
-    with path.open('rb') as file:
-        file.seek(offset)
-        done, size = 0, len(buffer)
-        while done < size:  # one call reads 2 GiB at most
-            count = file.readinto(memoryview(buffer)[done:])
-            if not count:
-                raise UserError(f'{path} is cut short: its last {size - done} bytes or more are missing.')
-            done += count
+    with open_file(path) as file:
+        _fill(file, offset, buffer, path)
+
+
+def _fill(file: BinaryIO, offset: int, buffer: np.ndarray, path: epath.Path) -> None:
+    file.seek(offset)
+    done, size = 0, len(buffer)
+    while done < size:  # one call reads 2 GiB at most
+        count = file.readinto(memoryview(buffer)[done:])
+        if not count:
+            raise UserError(f'{path} is cut short: its last {size - done} bytes or more are missing.')
+        done += count
+
+
+def read_whole(path: epath.Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+      UserError: it is larger, or what `open_file` raises.
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f'{path} has more than {limit} bytes, far more than a file of its kind.')
+    return content
+
+
+def read_json(path: epath.Path, kind: type[T] = dict, limit: int = JSON_BYTES) -> T:
+    """The object in a JSON file that is not ours, or that somebody may have edited.
+
+    Args:
+      path: The file.
+      kind: What it must hold: dict or list.
+      limit: Its size in bytes, at most.
+
+    Raises:
+      UserError: the file cannot be read, or what `parse_json` raises.
+    """
+    return parse_json(read_whole(path, limit), path, kind)
+
+
+def parse_json(content: bytes, path: epath.Path, kind: type[T] = dict) -> T:
+    """The object in JSON text; `path` names it in errors.
+
+    Raises:
+      UserError: it is not JSON, not of that kind, nested too deeply or has a name twice in one object.
+    """
+    try:
+        value = json.loads(content.decode('utf-8-sig'), object_pairs_hook=lambda pairs: _once(path, pairs))
+    except (ValueError, RecursionError):
+        raise UserError(f'{path} is damaged: it is not JSON, or nested too deeply.') from None
+    if not isinstance(value, kind):
+        raise UserError(f'{path} is damaged: it is not a JSON {"object" if kind is dict else "list"}.')
+    level, depth = [value], 0
+    while level:
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise UserError(f'{path} is damaged: it is nested more than {JSON_DEPTH} levels deep.')
+    return value
+
+
+def _once(path: epath.Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise UserError(f'{path}: {shown(twice)} is there twice.')
+    return found
 
 
 class Output(Protocol):

@@ -92,6 +92,11 @@ def test_nearest():
     ('values', 'message'),
     [
         ({'dim': 0}, 'dim is 0, not a number from 1 to 1048576.'),
+        ({'norm_eps': float('nan')}, 'norm_eps is nan, not a number from 1e-30 to 1.0.'),
+        ({'rope_theta': float('inf')}, 'rope_theta is inf, not a number from 1.0 to 1000000000000000.0.'),
+        ({'layers': 10**9}, 'layers is 1000000000, not a number from 1 to 10000.'),
+        ({'norm_eps': True}, 'norm_eps is True, not a number.'),
+        ({'hidden': 1.5}, 'hidden is 1.5, not a whole number.'),
         ({'heads': 6, 'kv_heads': 4}, 'model.heads=6 is not a multiple of model.kv_heads=4.'),
         ({'head_dim': 7}, 'model.head_dim=7 must be even: RoPE rotates its two halves.'),
     ],
@@ -117,6 +122,8 @@ class Flat:
     ('values', 'message'),
     [
         ({'count': 1, 'rat': 2}, "f.json: unknown field 'rat'; did you mean 'rate'?"),
+        ([], 'f.json: [] is not an object with the fields of a Flat.'),
+        ({'count': 1, 'rate': float('nan')}, "f.json: field 'rate' is nan, not a finite number of at least 0."),
         ({'rate': 2}, "f.json: field 'count' is missing."),
         ({'count': '1'}, "f.json: field 'count' is '1', not a whole number."),
         ({'count': True}, "f.json: field 'count' is True, not a whole number."),

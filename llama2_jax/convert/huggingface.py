@@ -1,6 +1,8 @@
 """Hugging Face's format: config.json, weights as safetensors (or PyTorch's .bin, read only), and the tokenizer's files."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -8,49 +10,71 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import ModelConfig, UserError, check_field, from_dict, nearest, shown
 from llama2_jax.convert.names import from_theirs, in_parts, their_matrix, their_names, their_shape
 from llama2_jax.convert.source import (
     DTYPES,
     Source,
     Stored,
     Stream,
+    check_stop_ids,
     check_tensors,
     common_dtype,
-    read_json,
     tokenizer_beside,
     write_json,
 )
 from llama2_jax.convert.tokenizer_json import make_tokenizer_json
 from llama2_jax.convert.torchfile import tensors_in
-from llama2_jax.files import create, read_bytes, size_of, write
+from llama2_jax.files import JSON_BYTES, create, parse_json, read_bytes, read_json, size_of, write
 from llama2_jax.text.tokenizer import Tokenizer
 
 CODES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 SHARD_BYTES = 5_000_000_000
 HEAD_OF = {'LlamaForCausalLM': 'head_DV', 'LlamaForSequenceClassification': 'score_D'}
-# Attributes that must have a value: their default, the only one that is the LLaMA 2 of this package.
+OLD_NAMES = {'LLaMAForCausalLM': 'LlamaForCausalLM'}
+# Attributes that must have one of these values, the first of which is the default: the LLaMA 2 of this package.
 ONLY = {
-    'model_type': 'llama',
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'mlp_bias': False,
-    'partial_rotary_factor': 1.0,
-    'quantization_config': None,
-    'add_cross_attention': False,
-    'is_decoder': True,
+    'model_type': ('llama',),
+    'hidden_act': ('silu', 'swish'),  # two names of one function
+    'attention_bias': (False,),
+    'mlp_bias': (False,),
+    'partial_rotary_factor': (1.0,),
+    'quantization_config': (None,),
+    'add_cross_attention': (False,),
+    'is_decoder': (True,),
 }
-SHAPE = (
-    *('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'),
-    *('head_dim', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters'),
-)
-# Attributes that change no logits, or that are looked at elsewhere.
-HARMLESS = (
-    *('_name_or_path', '_commit_hash', '_attn_implementation', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'use_cache'),
-    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'max_sequence_length', 'max_length', 'temperature', 'top_p', 'do_sample'),
-    *('attention_dropout', 'classifier_dropout', 'initializer_range', 'pretraining_tp', 'tie_word_embeddings', 'return_dict'),
-    *('id2label', 'label2id', 'num_labels', 'problem_type', 'output_attentions', 'output_hidden_states', 'transformers_version'),
-)
+# Attributes of the shape, and our fields.
+SHAPE = {
+    'vocab_size': 'vocab_size',
+    'hidden_size': 'dim',
+    'num_hidden_layers': 'layers',
+    'num_attention_heads': 'heads',
+    'intermediate_size': 'hidden',
+    'num_key_value_heads': 'kv_heads',
+    'head_dim': 'head_dim',
+    'max_position_embeddings': 'context',
+    'rms_norm_eps': 'norm_eps',
+    'rope_theta': 'rope_theta',
+}
+REQUIRED = tuple(SHAPE)[:5]
+# Attributes that change no logits, or that are looked at elsewhere; so are all that begin with one of PRIVATE.
+HARMLESS = {
+    *('architectures', 'auto_map', 'dtype', 'torch_dtype', 'use_cache', 'transformers_version', 'transformers.js_config'),
+    *('bos_token_id', 'eos_token_id', 'pad_token_id', 'unk_token_id', 'sep_token_id', 'decoder_start_token_id'),
+    *('bos_token', 'eos_token', 'pad_token', 'unk_token', 'tokenizer_class', 'model_max_length', 'max_sequence_length'),
+    *('attention_dropout', 'classifier_dropout', 'hidden_dropout', 'resid_pdrop', 'embd_pdrop', 'initializer_range'),
+    *('pretraining_tp', 'tie_word_embeddings', 'rope_scaling', 'rope_parameters', 'gradient_checkpointing', 'is_llama_config'),
+    *('use_flash_attention', 'use_flash_attention_2', 'use_flash_attn', 'attn_implementation', 'neftune_noise_alpha'),
+    *('id2label', 'label2id', 'num_labels', 'problem_type', 'finetuning_task', 'task_specific_params', 'prefix'),
+    *('return_dict', 'output_attentions', 'output_hidden_states', 'output_scores', 'return_dict_in_generate', 'torchscript'),
+    *('keys_to_ignore_at_inference', 'chunk_size_feed_forward'),
+    # Settings of generation, which older versions of transformers wrote here.
+    *('max_length', 'min_length', 'max_new_tokens', 'do_sample', 'temperature', 'top_p', 'top_k', 'typical_p', 'early_stopping'),
+    *('num_beams', 'num_beam_groups', 'diversity_penalty', 'repetition_penalty', 'length_penalty', 'no_repeat_ngram_size'),
+    *('encoder_no_repeat_ngram_size', 'num_return_sequences', 'bad_words_ids', 'suppress_tokens', 'begin_suppress_tokens'),
+    *('forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty'),
+}
+PRIVATE = ('_', 'unsloth_')
 # What Meta's chat_completion renders, in Jinja (recipe D.1).
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(due='user', opening='') -%}
@@ -81,10 +105,9 @@ def open_huggingface(path: Path) -> Source:
     config, head, tied = read_huggingface_config(path / 'config.json', content)
     found = {name: stored for name, stored in _tensors(path).items() if not name.endswith('.rotary_emb.inv_freq')}
     wanted = their_names(config, head, 'hf')
-    if tied and head == 'head_DV':  # the embedding serves as the head, whatever the files hold
-        found.pop('lm_head.weight', None)
-        if 'model.embed_tokens.weight' in found:
-            found['lm_head.weight'] = found['model.embed_tokens.weight']
+    # Fine-tuning may leave a head of its own beside the attribute, and it counts, as in transformers 5.
+    if tied and head == 'head_DV' and 'lm_head.weight' not in found and 'model.embed_tokens.weight' in found:
+        found['lm_head.weight'] = found['model.embed_tokens.weight']
     check_tensors(found, wanted, config, 1, path)
     places = {key: found[name] for name, key in wanted.items()}
     return Source(
@@ -96,7 +119,17 @@ def open_huggingface(path: Path) -> Source:
         lambda name, layer: from_theirs(name, places[name, layer].read(), config, 'hf'),
         partial(tokenizer_beside, path),
         {'stage': 'convert', 'parent': str(path), 'step': None},
+        _stop_ids(path, content, config.vocab_size) if head == 'head_DV' else (),
     )
+
+
+def _stop_ids(path: Path, content: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text: those of generation_config.json, or of config.json where it names none."""
+    file = path / 'generation_config.json'
+    generation = read_json(file) if file.exists() else {}
+    if generation.get('eos_token_id') is None:
+        file, generation = path / 'config.json', content
+    return check_stop_ids(f'{file}: eos_token_id', generation.get('eos_token_id'), vocab_size)
 
 
 def read_huggingface_config(file: Path, content: Mapping[str, Any]) -> tuple[ModelConfig, str, bool]:
@@ -107,71 +140,91 @@ def read_huggingface_config(file: Path, content: Mapping[str, Any]) -> tuple[Mod
     """
     given = {name: value for name, value in content.items() if value is not None}
     for name, only in ONLY.items():
-        if name in given and given[name] != only:
-            raise UserError(f'{file}: {name}={json.dumps(given[name])[:80]} is not of a LLaMA 2 model, which has {only!r}.')
+        if name in given and given[name] not in only:
+            raise UserError(
+                f'{file}: {name}={shown(given[name])} makes another model of it than LLaMA 2, which has {only[0]!r}: '
+                'its logits would be wrong here, so it is not read.'
+            )
+    known = {*ONLY, *SHAPE, *HARMLESS}
     for name, value in given.items():
-        if name not in ONLY and name not in SHAPE and name not in HARMLESS and value not in (False, 0, [], {}, ''):
-            raise UserError(f'{file}: {name}={json.dumps(value)[:80]} is an attribute that is not handled.')
-    architecture = (given.get('architectures') or ['LlamaForCausalLM'])[0]
-    if architecture not in HEAD_OF:
-        raise UserError(f'{file}: the architecture {architecture!r} is not handled; valid: {", ".join(HEAD_OF)}.')
-    for name in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'):
+        if name not in known and not name.startswith(PRIVATE) and value not in (False, 0, [], {}, ''):
+            raise UserError(
+                f'{file}: {shown(name)}: {shown(value)} is an attribute that is not handled; {nearest(name, SHAPE)} '
+                'Remove it from a copy of the file if it does not change what the model computes.'
+            )
+    architectures = given.get('architectures') or ['LlamaForCausalLM']
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    if not isinstance(architecture, str) or (architecture := OLD_NAMES.get(architecture, architecture)) not in HEAD_OF:
+        raise UserError(f'{file}: architectures={shown(architectures)} is not handled; valid: {", ".join(HEAD_OF)}.')
+    for name in REQUIRED:
         if name not in given:
             raise UserError(f'{file}: attribute {name!r} is missing.')
-    for name in SHAPE[:8]:
-        if name in given and (not isinstance(given[name], int) or isinstance(given[name], bool)):
-            raise UserError(f'{file}: {name}={given[name]!r} is not a whole number.')
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    for theirs, ours in SHAPE.items():
+        if theirs in given:
+            check_field(f'{file}: {theirs}', given[theirs], fields[ours])
+    tied = given.get('tie_word_embeddings', False)
+    if not isinstance(tied, bool):
+        raise UserError(f'{file}: tie_word_embeddings is {shown(tied)}, not true or false.')
     heads = given['num_attention_heads']
-    config = ModelConfig(
-        vocab_size=given['vocab_size'],
-        dim=given['hidden_size'],
-        layers=given['num_hidden_layers'],
-        heads=heads,
-        kv_heads=given.get('num_key_value_heads', heads),
-        head_dim=given.get('head_dim', given['hidden_size'] // max(heads, 1)),
-        hidden=given['intermediate_size'],
-        context=given.get('max_position_embeddings', 2048),
-        norm_eps=given.get('rms_norm_eps', 1e-6),
-        rope_theta=_rope_theta(file, given),
-    )
-    return config, HEAD_OF[architecture], bool(given.get('tie_word_embeddings', False))
+    defaults = {'kv_heads': heads, 'head_dim': given['hidden_size'] // heads, 'context': 2048, 'norm_eps': 1e-6}
+    values = {ours: given[theirs] for theirs, ours in SHAPE.items() if theirs in given}
+    values['rope_theta'] = _rope_theta(file, given, fields['rope_theta'])
+    return from_dict(ModelConfig, defaults | values, str(file)), HEAD_OF[architecture], tied
 
 
-def _rope_theta(file: Path, given: Mapping[str, Any]) -> float:
-    theta = given.get('rope_theta', 10_000.0)
+def _rope_theta(file: Path, given: Mapping[str, Any], field: dataclasses.Field) -> float:
+    theta = given.get('rope_theta', field.default)
     for section in ('rope_scaling', 'rope_parameters'):
         rope = given.get(section, {})
+        if not isinstance(rope, dict):
+            raise UserError(f'{file}: {section} is {shown(rope)}, not an object.')
+        rope = {name: value for name, value in rope.items() if value is not None}
         kind = rope.get('rope_type', rope.get('type', 'default'))
-        if kind != 'default' or rope.keys() - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}:
-            raise UserError(f'{file}: {section}={json.dumps(rope)[:120]} is not handled; LLaMA 2 does not scale its rotations.')
+        unscaled = kind == 'default' or (kind == 'linear' and rope.get('factor') in (1, 1.0))
+        if not unscaled or rope.keys() - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor', 'factor'}:
+            raise UserError(
+                f'{file}: {section}={shown(rope)} is not handled: LLaMA 2 does not scale its rotations, '
+                'and without the scaling the logits would be wrong.'
+            )
         if rope.get('partial_rotary_factor', 1.0) != 1.0:
-            raise UserError(f'{file}: {section}.partial_rotary_factor={rope["partial_rotary_factor"]} is not handled.')
+            raise UserError(f'{file}: {section}.partial_rotary_factor={shown(rope["partial_rotary_factor"])} is not handled.')
         theta = rope.get('rope_theta', theta)
+        check_field(f'{file}: {section}.rope_theta', theta, field)
     return float(theta)
 
 
 def _tensors(path: Path) -> dict[str, Stored]:
-    """Where each tensor of a directory lies; safetensors go before PyTorch's files."""
+    """Where each tensor of a directory lies.
+
+    The order is that of transformers: safetensors before PyTorch's files, and one file before an index, which may be older.
+    """
     for stem, suffix, read in (('model', 'safetensors', safetensors_in), ('pytorch_model', 'bin', tensors_in)):
-        index = path / f'{stem}.{suffix}.index.json'
-        if index.is_file():
-            places = read_json(index).get('weight_map')
-            if not isinstance(places, dict):
-                raise UserError(f'{index} is damaged: it has no "weight_map".')
-            found = _merged([path / name for name in sorted(set(places.values()))], read)
-            for name, file in places.items():
-                if name not in found or found[name].path.name != file:
-                    raise UserError(f'{index}: tensor {name!r} is not in {file}.')
-            return found
-        if (path / f'{stem}.{suffix}').is_file():
-            return _merged([path / f'{stem}.{suffix}'], read)
+        single, index = path / f'{stem}.{suffix}', path / f'{stem}.{suffix}.index.json'
+        if single.exists():
+            return _merged([single], read)
+        if not index.exists():
+            continue
+        places = read_json(index).get('weight_map')
+        if not isinstance(places, dict) or not all(_is_plain_name(file) for file in places.values()):
+            raise UserError(f'{index} is damaged: its "weight_map" does not give the name of a file beside it for each tensor.')
+        found = _merged([path / name for name in sorted(set(places.values()))], read)
+        for name, file in places.items():
+            if name not in found or found[name].path.name != file:
+                raise UserError(f'{index}: tensor {shown(name)} is not in {file}.')
+        return found
     raise UserError(f'{path} has no weights: no model.safetensors, pytorch_model.bin or index of such files.')
+
+
+def _is_plain_name(file: Any) -> bool:
+    """Whether it names a file of the same directory: nothing else is opened."""
+    return isinstance(file, str) and file.isprintable() and file not in ('', '.', '..') and '/' not in file
 
 
 def _merged(files: Iterable[Path], read: Any) -> dict[str, Stored]:
     found = {}
     for file in files:
-        if not file.is_file():
+        if not file.exists():
             raise UserError(f'{file} is missing, though the index names it.')
         for name, stored in read(file).items():
             if name in found:
@@ -187,33 +240,35 @@ def safetensors_in(path: Path) -> dict[str, Stored]:
       UserError: the file is damaged, names a tensor twice or holds other numbers than float32, bfloat16 and float16.
     """
     size = size_of(path)
-    try:
-        length = int(read_bytes(path, 0, 8).view('<u8')[0])
-        if length > min(size - 8, 100_000_000):
-            raise ValueError
-        header = json.loads(read_bytes(path, 8, length).tobytes(), object_pairs_hook=partial(_once, path))
-        header.pop('__metadata__', None)
-        found = {}
-        for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            if entry['dtype'] not in CODES:
-                raise UserError(f'{path}: tensor {name!r} holds {entry["dtype"]}; valid: {", ".join(CODES)}.')
-            dtype = DTYPES[CODES[entry['dtype']]]
-            if end - begin != int(np.prod(entry['shape'])) * dtype.itemsize or begin < 0:
+    if size < 8 or not 2 <= (length := int(read_bytes(path, 0, 8).view('<u8')[0])) <= JSON_BYTES or 8 + length > size:
+        raise UserError(f'{path} is damaged or cut short: it does not begin as a safetensors file.')
+    header = parse_json(read_bytes(path, 8, length).tobytes(), path)
+    header.pop('__metadata__', None)
+    found, begin = {}, 8 + length
+    for name, entry in header.items():
+        try:
+            (first, last), shape, code = entry['data_offsets'], tuple(entry['shape']), entry['dtype']
+            if any(type(number) is not int or number < 0 for number in (first, last, *shape)) or not isinstance(code, str):
                 raise ValueError
-            if 8 + length + end > size:
-                raise UserError(f'{path} is cut short: it has {size} bytes, and tensor {name!r} ends after {8 + length + end}.')
-            found[name] = Stored(path, 8 + length + begin, tuple(entry['shape']), dtype)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{path} is damaged: its header is not that of a safetensors file.') from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path} is damaged: its header does not say where tensor {shown(name)} lies.') from None
+        if code not in CODES:
+            raise UserError(f'{path}: tensor {shown(name)} holds {shown(code)}; valid: {", ".join(CODES)}.')
+        dtype = DTYPES[CODES[code]]
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise UserError(f'{path} is damaged: tensor {shown(name)} has {last - first} bytes, which is not its shape {shape}.')
+        if begin + last > size:
+            raise UserError(f'{path} is cut short: it has {size} bytes, and tensor {shown(name)} ends after {begin + last}.')
+        found[name] = Stored(path, begin + first, shape, dtype)
+    place = begin
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if stored.offset != place:
+            where = f'begins at byte {stored.offset}, not {place}, where the last one ends'
+            raise UserError(f'{path} is damaged: tensor {shown(name)} {where}.')
+        place += math.prod(stored.shape) * stored.dtype.itemsize
+    if place != size:
+        raise UserError(f'{path} is damaged: {size - place} bytes after its last tensor belong to none.')
     return found
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
-        raise UserError(f'{path}: {twice[0]!r} is there twice.')
-    return dict(pairs)
 
 
 def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> None:
@@ -245,7 +300,7 @@ def write_huggingface(path: Path, model: Source, dtype: np.dtype, stream: Stream
     if len(shards) > 1:
         write_json(path / 'model.safetensors.index.json', {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': places})
     _write_tokenizer(path, model)
-    write_json(path / 'config.json', make_huggingface_config(config, model.head, dtype, Tokenizer(path)))
+    write_json(path / 'config.json', make_huggingface_config(config, model.head, dtype, Tokenizer(path), model.stop_ids))
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
@@ -261,7 +316,9 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     return len(text).to_bytes(8, 'little') + text
 
 
-def make_huggingface_config(config: ModelConfig, head: str, dtype: np.dtype, tokenizer: Tokenizer) -> dict[str, Any]:
+def make_huggingface_config(
+    config: ModelConfig, head: str, dtype: np.dtype, tokenizer: Tokenizer, stop_ids: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """The content of config.json."""
     content = {
         'architectures': [next(name for name, ours in HEAD_OF.items() if ours == head)],
@@ -282,13 +339,18 @@ def make_huggingface_config(config: ModelConfig, head: str, dtype: np.dtype, tok
         'mlp_bias': False,
         'tie_word_embeddings': False,
         'bos_token_id': tokenizer.bos_id,
-        'eos_token_id': tokenizer.eos_id,
+        'eos_token_id': _eos_token_id(tokenizer, stop_ids),
         'torch_dtype': dtype.name,
     }
     if head == 'score_D':
         # The score is read at the last token that is not padding: <unk> never ends a dialog.
         content |= {'id2label': {'0': 'score'}, 'label2id': {'score': 0}, 'pad_token_id': tokenizer.unk_id}
     return content
+
+
+def _eos_token_id(tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> int | list[int]:
+    """As transformers has it: one id, or a list of several."""
+    return tokenizer.eos_id if not stop_ids else stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
 
 
 def _write_tokenizer(path: Path, model: Source) -> None:
@@ -316,5 +378,5 @@ def _write_tokenizer(path: Path, model: Source) -> None:
     write_json(path / 'tokenizer.json', make_tokenizer_json(model.tokenizer()))
     if model.head == 'head_DV':
         sampling = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9}  # Meta's defaults (recipe J)
-        ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
+        ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': _eos_token_id(tokenizer, model.stop_ids)}
         write_json(path / 'generation_config.json', ids | sampling)

@@ -1,10 +1,10 @@
 """GGUF, the one-file format of llama.cpp, through its `gguf` library: weights, shape, tokenizer and chat template."""
 
-import contextlib
+import dataclasses
 import io
 import itertools
-import tempfile
-from collections.abc import Iterator
+import math
+import re
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,31 @@ import numpy as np
 from etils.epath import Path
 from sentencepiece import sentencepiece_model_pb2
 
-from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.config import ModelConfig, UserError, check_field, from_dict, shown
+from llama2_jax.convert.gguf_header import Tensor, read_header
 from llama2_jax.convert.huggingface import CHAT_TEMPLATE
 from llama2_jax.convert.names import as_bytes, from_theirs, their_names, their_shape, to_theirs
-from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_tensors
-from llama2_jax.files import create, is_remote, read_bytes, size_of
+from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_stop_ids, check_tensors, matrix_dtype
+from llama2_jax.files import create, read_bytes, size_of
 from llama2_jax.text.tokenizer import Tokenizer
 
 PLAIN = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # GGUF's name -> ours
-HEADER_BYTES = 2**25  # shape, tokenizer and the list of tensors take no more
 QUANTISED = 'q8_0'  # 32 numbers of 8 bits share a scale
+MAX_PARTS = 1000
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces
+# Fields of a file, and ours.
+SHAPE = {
+    'llama.embedding_length': 'dim',
+    'llama.block_count': 'layers',
+    'llama.attention.head_count': 'heads',
+    'llama.attention.head_count_kv': 'kv_heads',
+    'llama.attention.key_length': 'head_dim',
+    'llama.feed_forward_length': 'hidden',
+    'llama.context_length': 'context',
+    'llama.attention.layer_norm_rms_epsilon': 'norm_eps',
+    'llama.rope.freq_base': 'rope_theta',
+}
+OPTIONAL = ('llama.attention.head_count_kv', 'llama.attention.key_length', 'llama.rope.freq_base')
 
 
 def import_gguf() -> Any:
@@ -44,59 +59,58 @@ def open_gguf(path: Path) -> Source:
       UserError: the file is damaged, of another architecture, or a tensor is missing, unknown or of another shape or kind.
     """
     gguf = import_gguf()
-    try:
-        with _mappable(path) as file:
-            reader = gguf.GGUFReader(file)
-    except (ValueError, OSError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        raise UserError(f'{path} is damaged, or not a GGUF file ({str(error)[:120]}).') from None
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith('tokenizer.')}
-    if fields.get('split.count', 1) > 1:
-        raise UserError(f'{path} is one of {fields["split.count"]} parts: join them first (llama-gguf-split --merge).')
-    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    found, size = {}, size_of(path)
-    for tensor in reader.tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        dtype = DTYPES[PLAIN.get(tensor.tensor_type.name, 'float32')]
-        found[tensor.name] = Stored(path, int(tensor.data_offset), shape, dtype)
-        if int(tensor.data_offset + tensor.n_bytes) > size:
-            raise UserError(f'{path} is cut short: tensor {tensor.name!r} is missing or incomplete.')
+    fields, tensors = _read_parts(path)
+    found, kinds = {}, {}
+    for name, tensor in tensors.items():
+        if tensor.kind not in gguf.GGML_QUANT_SIZES:
+            raise UserError(f'{tensor.path}: tensor {shown(name)} is of the unknown type {tensor.kind}.')
+        kinds[name] = gguf.GGMLQuantizationType(tensor.kind)
+        block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
+        if tensor.shape[-1] % block or tensor.offset + math.prod(tensor.shape) // block * size > size_of(tensor.path):
+            raise UserError(f'{tensor.path} is cut short: tensor {shown(name)} is missing or incomplete.')
+        found[name] = Stored(tensor.path, tensor.offset, tensor.shape, DTYPES[PLAIN.get(kinds[name].name, 'float32')])
     if 'token_embd.weight' not in found:
         raise UserError(f"{path}: tensor 'token_embd.weight' is missing.")
     config = _read_fields(path, fields, found['token_embd.weight'].shape[0])
     found.setdefault('output.weight', found['token_embd.weight'])  # tied
-    types.setdefault('output.weight', types['token_embd.weight'])
+    kinds.setdefault('output.weight', kinds['token_embd.weight'])
     wanted = their_names(config, 'head_DV', 'gguf')
     check_tensors(found, wanted, config, 1, path)
     names = {key: name for name, key in wanted.items()}
-    kinds = {name: gguf.GGMLQuantizationType[kind] for name, kind in types.items()}
 
     def read(name: str, layer: int | None) -> np.ndarray:
         theirs = names[name, layer]
         matrix = _dequantised(found[theirs], kinds[theirs], gguf)
         return from_theirs(name, matrix, config, 'gguf')
 
-    # llama.cpp wants the norms' scales in float32, whatever the matrices are: where nothing is lost, theirs is the dtype.
-    matrices = {types[name] for name, (ours, _) in wanted.items() if len(their_shape(ours, config)) > 1}
-    dtype = DTYPES[PLAIN.get(matrices.pop(), 'float32')] if len(matrices) == 1 else DTYPES['float32']
-    vectors = [stored.read() for stored in found.values() if len(stored.shape) == 1]
-    if any(not np.array_equal(vector.astype(dtype).astype(vector.dtype), vector) for vector in vectors):
-        dtype = DTYPES['float32']
+    # llama.cpp wants the norms' scales in float32, whatever the matrices are.
+    matrices = {DTYPES[PLAIN.get(kinds[name].name, 'float32')] for name, stored in found.items() if len(stored.shape) > 1}
+    vectors = [_dequantised(stored, kinds[name], gguf) for name, stored in found.items() if len(stored.shape) == 1]
     provenance = {'stage': 'convert', 'parent': str(path), 'step': None}
-    return Source(path, 'gguf', config, dtype, 'head_DV', read, partial(_tokenizer_model, path, reader), provenance)
+    tokenizer, stop_ids = partial(_tokenizer_model, path, fields), _stop_ids(path, fields, config.vocab_size)
+    return Source(path, 'gguf', config, matrix_dtype(matrices, vectors), 'head_DV', read, tokenizer, provenance, stop_ids)
 
 
-@contextlib.contextmanager
-def _mappable(path: Path) -> Iterator[str]:
-    """A file that the library can map: of one in a bucket its beginning, with a hole where the numbers are."""
-    if not is_remote(path):
-        yield str(path)
-        return
-    with tempfile.NamedTemporaryFile() as file:
-        size = size_of(path)
-        file.write(read_bytes(path, 0, min(size, HEADER_BYTES)))
-        file.truncate(size)
-        file.flush()
-        yield file.name
+def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fields and tensors of a file, or of the parts that llama-gguf-split made of one, of which `path` is the first."""
+    fields, tensors = read_header(path)
+    count, number = fields.get('split.count', 0), fields.get('split.no', 0)
+    if not isinstance(count, int) or not isinstance(number, int) or not 0 <= count <= MAX_PARTS:
+        raise UserError(f'{path}: split.no={shown(number)} of split.count={shown(count)} is not a part of a model.')
+    if count <= 1:
+        return fields, tensors
+    end = f'-00001-of-{count:05d}.gguf'
+    if number or not path.name.endswith(end):
+        raise UserError(f'{path} is part {number + 1} of {count}: give the first part, whose name ends in {end}.')
+    for index in range(2, count + 1):
+        part = path.with_name(f'{path.name.removesuffix(end)}-{index:05d}-of-{count:05d}.gguf')
+        if not part.exists():
+            raise UserError(f'{part} is missing: {path.name} is the first of {count} parts, which must lie beside each other.')
+        for name, tensor in read_header(part)[1].items():
+            if name in tensors:
+                raise UserError(f'{part}: tensor {shown(name)} is also in {tensors[name].path.name}.')
+            tensors[name] = tensor
+    return fields, tensors
 
 
 def _dequantised(stored: Stored, kind: Any, gguf: Any) -> np.ndarray:
@@ -116,61 +130,74 @@ def _dequantised(stored: Stored, kind: Any, gguf: Any) -> np.ndarray:
 def _read_fields(path: Path, fields: dict[str, Any], vocab_size: int) -> ModelConfig:
     architecture = fields.get('general.architecture')
     if architecture != 'llama':
-        raise UserError(f'{path}: general.architecture={architecture!r} is not handled, only llama is.')
-    try:
-        heads, dim = int(fields['llama.attention.head_count']), int(fields['llama.embedding_length'])
-        config = ModelConfig(
-            vocab_size=vocab_size,
-            dim=dim,
-            layers=int(fields['llama.block_count']),
-            heads=heads,
-            kv_heads=int(fields.get('llama.attention.head_count_kv', heads)),
-            head_dim=int(fields.get('llama.attention.key_length', dim // heads)),
-            hidden=int(fields['llama.feed_forward_length']),
-            context=int(fields['llama.context_length']),
-            # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
-            norm_eps=float(f'{fields["llama.attention.layer_norm_rms_epsilon"]:.6g}'),
-            rope_theta=float(f'{fields.get("llama.rope.freq_base", 10_000.0):.6g}'),
-        )
-    except KeyError as error:
-        raise UserError(f'{path}: field {error.args[0]!r} is missing.') from None
-    except (TypeError, ValueError):
-        raise UserError(f'{path}: the fields of its shape are not plain numbers.') from None
+        raise UserError(f'{path}: general.architecture={shown(architecture)} is not handled, only llama is.')
+    of = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    values: dict[str, Any] = {'vocab_size': vocab_size}
+    for theirs, ours in SHAPE.items():
+        if theirs in fields:
+            check_field(f'{path}: {theirs}', fields[theirs], of[ours])
+            # Numbers are stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+            values[ours] = float(f'{fields[theirs]:.6g}') if of[ours].type is float else fields[theirs]
+        elif theirs not in OPTIONAL:
+            raise UserError(f'{path}: field {theirs!r} is missing.')
+    values = {'kv_heads': values['heads'], 'head_dim': values['dim'] // values['heads']} | values
+    config = from_dict(ModelConfig, values, str(path))
     allowed = {'rope.dimension_count': config.head_dim, 'attention.value_length': config.head_dim, 'rope.scaling.type': 'none'}
     allowed |= {'expert_count': 0, 'rope.scaling.factor': 1.0, 'rope.scale_linear': 1.0, 'vocab_size': vocab_size}
     for name, only in allowed.items():
         if (value := fields.get(f'llama.{name}', only)) != only:
-            raise UserError(f'{path}: llama.{name}={value!r} is not handled; LLaMA 2 has {only!r}.')
+            raise UserError(f'{path}: llama.{name}={shown(value)} is not handled; LLaMA 2 has {only!r}.')
     return config
 
 
-def _tokenizer_model(path: Path, reader: Any) -> bytes:
+def _stop_ids(path: Path, fields: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """EOS and the end of a turn, where the file names one."""
+    ids = [fields.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot')]
+    return check_stop_ids(f'{path}: eos_token_id and eot_token_id', [i for i in ids if i is not None], vocab_size)
+
+
+def _tokenizer_model(path: Path, fields: dict[str, Any]) -> bytes:
     """A SentencePiece model of the pieces in the file, with LLaMA 2's settings (recipe B); the original is not in it.
 
     Raises:
-      UserError: the tokenizer is of another kind.
+      UserError: the tokenizer is of another kind or damaged.
     """
 
     def field(name: str, default: Any = None) -> Any:
-        found = reader.get_field(f'tokenizer.ggml.{name}')
-        return default if found is None else found.contents()
+        return fields.get(f'tokenizer.ggml.{name}', default)
 
     if field('model') != 'llama':
-        raise UserError(f'{path}: its tokenizer is of the kind {field("model")!r}, not SentencePiece as of LLaMA 2 (llama).')
+        raise UserError(f'{path}: its tokenizer is of the kind {shown(field("model"))}, not SentencePiece as of LLaMA 2 (llama).')
+    pieces = field('tokens', [])
+    ids = {name: field(f'{name}_token_id', default) for name, default in (('unknown', 0), ('bos', 1), ('eos', 2))}
+    for name, number in ids.items():
+        if not isinstance(number, int) or not 0 <= number < len(pieces):
+            raise UserError(f'{path}: tokenizer.ggml.{name}_token_id={shown(number)} is none of its {len(pieces)} pieces.')
     model = sentencepiece_model_pb2.ModelProto()
-    for piece, score, kind in zip(field('tokens'), field('scores'), field('token_type'), strict=True):
-        model.pieces.add(piece=piece, score=score, type=kind)  # GGUF numbers the types as SentencePiece does
+    kinds, scores = field('token_type', [_kind(piece) for piece in pieces]), field('scores', [0.0] * len(pieces))
+    try:
+        for piece, score, kind in zip(pieces, scores, kinds, strict=True):
+            model.pieces.add(piece=piece, score=score, type=kind or NORMAL)  # GGUF numbers the types as SentencePiece does
+    except (TypeError, ValueError):
+        raise UserError(f'{path}: its pieces, their scores and their types do not belong together.') from None
+    # SentencePiece wants these kinds of them. Fine-tunes have an EOS such as <|im_end|> that was added as a piece of the user.
+    model.pieces[ids['unknown']].type = UNKNOWN
+    model.pieces[ids['bos']].type = model.pieces[ids['eos']].type = CONTROL
     spec = model.trainer_spec
     spec.model_type = spec.BPE
     spec.vocab_size, spec.byte_fallback = len(model.pieces), True
-    spec.unk_id, spec.bos_id = field('unknown_token_id', 0), field('bos_token_id', 1)
-    spec.eos_id, spec.pad_id = field('eos_token_id', 2), -1
-    spec.unk_piece, spec.bos_piece, spec.eos_piece = (model.pieces[i].piece for i in (spec.unk_id, spec.bos_id, spec.eos_id))
+    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = *ids.values(), -1
+    spec.unk_piece, spec.bos_piece, spec.eos_piece = (pieces[i] for i in ids.values())
     spec.split_digits = spec.allow_whitespace_only_pieces = True
     model.normalizer_spec.name = 'identity'
     model.normalizer_spec.add_dummy_prefix = bool(field('add_space_prefix', True))
     model.normalizer_spec.remove_extra_whitespaces = False
     return model.SerializeToString(deterministic=True)
+
+
+def _kind(piece: Any) -> int:
+    """The type of a piece in a file that does not list types, by its looks: the bytes are written <0x00> to <0xFF>."""
+    return BYTE if re.fullmatch('<0x[0-9A-F]{2}>', str(piece)) else NORMAL
 
 
 def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream) -> None:
@@ -193,7 +220,7 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
     writer = gguf.GGUFWriter(None, 'llama')
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if name == 'F32' else gguf.LlamaFileType[f'MOSTLY_{name}'])
     _add_shape(writer, config)
-    _add_tokenizer(writer, model.tokenizer(), gguf)
+    _add_tokenizer(writer, model.tokenizer(), model.stop_ids)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     for theirs, (ours, _) in wanted.items():
         shape = their_shape(ours, config)
@@ -239,7 +266,7 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def _add_tokenizer(writer: Any, content: bytes, gguf: Any) -> None:
+def _add_tokenizer(writer: Any, content: bytes, stop_ids: tuple[int, ...]) -> None:
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     tokenizer = Tokenizer.from_bytes(content)
     writer.add_tokenizer_model('llama')
@@ -248,7 +275,10 @@ def _add_tokenizer(writer: Any, content: bytes, gguf: Any) -> None:
     writer.add_token_scores([piece.score for piece in model.pieces])
     writer.add_token_types([piece.type for piece in model.pieces])
     writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
+    eos, *others = stop_ids or (tokenizer.eos_id,)
+    writer.add_eos_token_id(eos)
+    if others:  # llama.cpp has two names for what ends a text, and no list
+        writer.add_eot_token_id(others[0])
     writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)

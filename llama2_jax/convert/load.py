@@ -11,13 +11,14 @@ import numpy as np
 from etils.epath import Path
 
 from llama2_jax.config import MODELS, ModelConfig, UserError
+from llama2_jax.convert.gguf_header import MAGIC as GGUF_MAGIC
 from llama2_jax.convert.huggingface import open_huggingface
 from llama2_jax.convert.llamacpp import open_gguf
 from llama2_jax.convert.meta import open_meta
 from llama2_jax.convert.names import BLOCK
 from llama2_jax.convert.orbax import check_vocabulary, open_orbax
-from llama2_jax.convert.source import DTYPES, Source, read_json
-from llama2_jax.files import bucket_errors, locate, matching
+from llama2_jax.convert.source import DTYPES, Source
+from llama2_jax.files import bucket_errors, locate, matching, open_file, read_json
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.score import ScoreModel
@@ -50,14 +51,21 @@ def shape_of(model: str) -> ModelConfig:
 def _open(path: Path) -> Source:
     if not path.exists():
         raise UserError(f'There is no model at {path}.')
-    if path.is_file():
-        if path.suffix != '.gguf':
-            raise UserError(f'{path} is no model: the one format that is a single file is .gguf.')
+    if not path.is_dir():
+        with open_file(path) as file:
+            magic = file.read(4)
+        if magic != GGUF_MAGIC:  # whatever its name is: those of Ollama have none
+            raise UserError(f'{path} is not a model: the one format that is a single file is GGUF, and this is not one.')
         return open_gguf(path)
     if matching(path, 'consolidated.*.pth'):
         return open_meta(path)
-    if (path / 'config.json').is_file():
+    if (path / 'config.json').exists():
         return open_huggingface(path) if 'model_type' in read_json(path / 'config.json') else open_orbax(path)
+    if (path / 'adapter_config.json').exists():
+        raise UserError(
+            f'{path} holds an adapter of peft, not a model: merge it into the model that it was trained on, '
+            f'convert --input=MODEL --adapter={path} --output=MERGED.'
+        )
     if files := matching(path, '*.gguf'):
         raise UserError(f'{path} holds {files[0].name}: give the file itself.')
     raise UserError(f'{path} is not a model directory: it has no config.json, consolidated.*.pth or .gguf file.')
@@ -108,7 +116,7 @@ def tokenizer_of(source: Source) -> Tokenizer:
       UserError: there is none, or it has another number of pieces than the model.
     """
     beside = source.path / 'tokenizer.model'
-    tokenizer = Tokenizer.from_bytes(source.tokenizer(), beside if beside.is_file() else source.path)
+    tokenizer = Tokenizer.from_bytes(source.tokenizer(), beside if beside.is_file() else source.path, source.stop_ids)
     check_vocabulary(tokenizer, source.config.vocab_size)
     return tokenizer
 

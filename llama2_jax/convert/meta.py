@@ -1,6 +1,8 @@
 """Meta's format: consolidated.00.pth, …, one file a model-parallel shard, with params.json and tokenizer.model."""
 
 import contextlib
+import dataclasses
+import re
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import ModelConfig, UserError, hidden_size, nearest
+from llama2_jax.config import ModelConfig, UserError, check_field, check_value, from_dict, hidden_size, nearest, shown
 from llama2_jax.convert.names import (
     Key,
     as_bytes,
@@ -27,16 +29,26 @@ from llama2_jax.convert.source import (
     Stream,
     check_tensors,
     common_dtype,
-    read_json,
     tokenizer_beside,
     write_json,
 )
 from llama2_jax.convert.torchfile import TorchFile, tensors_in
-from llama2_jax.files import create, matching, write
+from llama2_jax.files import create, matching, read_json, write
 
 IGNORED = ('rope.freqs',)  # a buffer that Meta's code computes anew
-CONTEXT = 4096  # params.json does not say it
-FIELDS = ('dim', 'n_layers', 'n_heads', 'n_kv_heads', 'vocab_size', 'multiple_of', 'ffn_dim_multiplier', 'norm_eps', 'rope_theta')
+CONTEXT = 4096  # Meta's params.json does not say it
+# Fields of params.json, and ours.
+SHAPE = {
+    'dim': 'dim',
+    'n_layers': 'layers',
+    'n_heads': 'heads',
+    'n_kv_heads': 'kv_heads',
+    'vocab_size': 'vocab_size',
+    'max_seq_len': 'context',
+    'norm_eps': 'norm_eps',
+    'rope_theta': 'rope_theta',
+}
+RULE = {'multiple_of': (int, 1, 2**20), 'ffn_dim_multiplier': (float, 1e-3, 1e3)}  # of `hidden_size`: types and ranges
 
 
 def open_meta(path: Path) -> Source:
@@ -45,11 +57,12 @@ def open_meta(path: Path) -> Source:
     Raises:
       UserError: params.json or a shard is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
-    files = matching(path, 'consolidated.*.pth')
-    expected = [f'consolidated.{i:02d}.pth' for i in range(len(files))]
-    for wanted, file in zip(expected, files, strict=True):
-        if file.name != wanted:
+    files = [file for file in matching(path, 'consolidated.*.pth') if re.fullmatch(r'consolidated\.\d+\.pth', file.name)]
+    for number, file in enumerate(files):
+        if file.name != (wanted := f'consolidated.{number:02d}.pth'):
             raise UserError(f'{path} has {file.name} but no {wanted}: a shard is missing.')
+    if not files:
+        raise UserError(f'{path} has no consolidated.00.pth.')
     shards = [{name: stored for name, stored in tensors_in(file).items() if name not in IGNORED} for file in files]
     config = _read_params(path, shards[0])
     check_shards(config, len(files), str(path))
@@ -63,7 +76,7 @@ def open_meta(path: Path) -> Source:
         common_dtype(stored.dtype for shard in shards for stored in shard.values()),
         'head_DV',
         partial(_read, {key: [shard[name] for shard in shards] for name, key in wanted.items()}, config),
-        partial(tokenizer_beside, path),
+        partial(tokenizer_beside, path, path.parent),  # Meta's own download has it there
         {'stage': 'convert', 'parent': str(path), 'step': None},
     )
 
@@ -83,33 +96,29 @@ def _read(tensors: dict[Key, list[Stored]], config: ModelConfig, name: str, laye
 def _read_params(path: Path, tensors: dict[str, Stored]) -> ModelConfig:
     file = path / 'params.json'
     params = {name: value for name, value in read_json(file).items() if value is not None}
-    if unknown := [name for name in params if name not in FIELDS]:
-        raise UserError(f'{file}: field {unknown[0]!r} is not of a LLaMA 2 model; {nearest(unknown[0], FIELDS)}')
+    known = {*SHAPE, *RULE}
+    if unknown := [name for name, value in params.items() if name not in known and value not in (False, 0)]:
+        raise UserError(f'{file}: field {shown(unknown[0])} is not of a LLaMA 2 model; {nearest(unknown[0], known)}')
     for name in ('dim', 'n_layers', 'n_heads'):
         if name not in params:
             raise UserError(f'{file}: field {name!r} is missing.')
-    for name, value in params.items():
-        floats = ('ffn_dim_multiplier', 'norm_eps', 'rope_theta')
-        if isinstance(value, bool) or not isinstance(value, (int, float) if name in floats else int):
-            raise UserError(f'{file}: field {name!r} is {value!r}, which is not a number of its kind.')
-    vocab_size = params.get('vocab_size', -1)
-    table = 'tok_embeddings.weight'
-    if vocab_size == -1:  # Meta's code takes it from the tokenizer
-        if table not in tensors:
-            raise UserError(f'{path}: tensor {table!r} is missing, and params.json does not tell the size of the vocabulary.')
-        vocab_size = tensors[table].shape[0]
-    return ModelConfig(
-        vocab_size=vocab_size,
-        dim=params['dim'],
-        layers=params['n_layers'],
-        heads=params['n_heads'],
-        kv_heads=params.get('n_kv_heads', params['n_heads']),
-        head_dim=params['dim'] // params['n_heads'],
-        hidden=hidden_size(params['dim'], params.get('multiple_of', 256), params.get('ffn_dim_multiplier')),
-        context=CONTEXT,
-        norm_eps=params.get('norm_eps', 1e-5),
-        rope_theta=float(params.get('rope_theta', 10_000.0)),
-    )
+    if params.get('vocab_size', -1) == -1:  # Meta's code takes it from the tokenizer
+        table = tensors.get('tok_embeddings.weight')
+        if table is None or not table.shape:
+            raise UserError(f"{path}: no tensor 'tok_embeddings.weight', and params.json does not tell the vocabulary's size.")
+        params['vocab_size'] = table.shape[0]
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    for theirs, ours in SHAPE.items():
+        if theirs in params:
+            check_field(f'{file}: {theirs}', params[theirs], fields[ours])
+    for theirs, limits in RULE.items():
+        if theirs in params:
+            check_value(f'{file}: {theirs}', params[theirs], *limits)
+    dim, heads = params['dim'], params['n_heads']
+    hidden = hidden_size(dim, params.get('multiple_of', 256), params.get('ffn_dim_multiplier'))
+    values = {'kv_heads': heads, 'head_dim': dim // heads, 'hidden': hidden, 'context': CONTEXT}
+    values |= {ours: params[theirs] for theirs, ours in SHAPE.items() if theirs in params}
+    return from_dict(ModelConfig, values, str(file))
 
 
 def check_shards(config: ModelConfig, shards: int, where: str) -> None:

@@ -1,7 +1,7 @@
 """The model directory that every stage writes and reads: config.json, tokenizer.model and params/ (Orbax, for any mesh)."""
 
 import dataclasses
-import json
+import itertools
 import os
 import time
 from functools import partial
@@ -11,10 +11,19 @@ import numpy as np
 import tensorstore as ts
 from etils.epath import Path
 
-from llama2_jax.config import ModelConfig, UserError, from_dict
+from llama2_jax.config import ModelConfig, UserError, from_dict, shown
 from llama2_jax.convert.names import BLOCK, HEADS, in_parts, keys, shape
-from llama2_jax.convert.source import DTYPES, Source, Stream, common_dtype, nearest_name, read_json, tokenizer_beside, write_json
-from llama2_jax.files import is_remote, locate, read_into, write
+from llama2_jax.convert.source import (
+    DTYPES,
+    Source,
+    Stream,
+    check_stop_ids,
+    common_dtype,
+    nearest_name,
+    tokenizer_beside,
+    write_json,
+)
+from llama2_jax.files import check_regular, is_remote, locate, read_into, read_json, size_of, write
 from llama2_jax.model.llama import Trunk
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
@@ -44,7 +53,7 @@ def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer,
     barrier('model directory made')
     save_params(new / 'params', model)
     if is_main_process():
-        _write_rest(new, model.config, tokenizer.model, provenance)
+        _write_rest(new, model.config, tokenizer, provenance)
         if new != directory:
             old = directory.with_name(directory.name + '.old')
             old.rmtree(missing_ok=True)
@@ -60,9 +69,10 @@ def is_saved(directory: str | os.PathLike) -> bool:
     return (locate(directory) / 'config.json').exists()
 
 
-def _write_rest(directory: Path, config: ModelConfig, tokenizer: bytes, provenance: Any) -> None:
-    write(directory / 'tokenizer.model', tokenizer)
-    write_json(directory / 'config.json', {'model': dataclasses.asdict(config), 'provenance': dict(provenance)})
+def _write_rest(directory: Path, config: ModelConfig, tokenizer: Tokenizer, provenance: Any) -> None:
+    write(directory / 'tokenizer.model', tokenizer.model)
+    content = {'model': dataclasses.asdict(config), 'provenance': dict(provenance)}
+    write_json(directory / 'config.json', content | ({'stop_ids': list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}))
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -71,16 +81,23 @@ def read_config(directory: Path) -> ModelConfig:
     Raises:
       UserError: there is none, or a field is unknown, missing or of another type.
     """
+    return _read_config(directory)[0]
+
+
+def _read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's shape, and the whole content of config.json."""
     path = directory / 'config.json'
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f'{directory} is not a model directory: it has no config.json.')
     if (directory / 'model' / 'params').is_dir():
         raise UserError(f'{directory} is the directory of a run; its model is {directory / "model"}.')
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-        return from_dict(ModelConfig, content['model'], str(path))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{path} is damaged, or not the config.json of a model directory: it has no "model" section.') from None
+    content = read_json(path)
+    for section in ('model', 'provenance'):
+        if not isinstance(content.get(section, {}), dict):
+            raise UserError(f'{path}: {section!r} is {shown(content[section])}, not an object.')
+    if 'model' not in content:
+        raise UserError(f'{path} is not the config.json of a model directory: it has no "model" section.')
+    return from_dict(ModelConfig, content['model'], str(path)), content
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -95,10 +112,11 @@ def open_orbax(path: Path) -> Source:
     Raises:
       UserError: something is missing or damaged, or an array is missing, unknown or of another shape.
     """
-    config = read_config(path)
+    config, content = _read_config(path)
     params = path / 'params'
     if not params.is_dir():
         raise UserError(f'There are no parameters to read: {params} does not exist.')
+    check_regular(params)
     try:
         store = _store(params)
         listed = ts.KvStore.open(store).result().list().result()
@@ -120,6 +138,7 @@ def open_orbax(path: Path) -> Source:
             raise UserError(f'{params}: {name!r} has the shape {list(arrays[name].shape)}, not {list(full)}.')
         if (dtype := arrays[name].dtype.numpy_dtype) not in DTYPES.values():
             raise UserError(f'{params}: {name!r} is of {dtype}; valid: {", ".join(DTYPES)}.')
+    _check_chunks(params, arrays, names, {key.decode() for key in listed})
 
     rows = {} if 'base' in store else {name: _plain_rows(params / _dotted(name), shape(name, config)) for name in wanted}
 
@@ -131,14 +150,30 @@ def open_orbax(path: Path) -> Source:
             out = np.empty(array.shape, array.dtype.numpy_dtype)
             for number, start in enumerate(range(0, len(out), rows[name])):
                 piece = out[start : start + rows[name]].reshape(-1).view(np.uint8)
-                read_into(params / _dotted(name) / _piece(layer, number, out.ndim), 0, piece)
+                file = params / _dotted(name) / _piece(layer, number, out.ndim)
+                if not is_remote(file) and size_of(file) != piece.size:
+                    raise UserError(f'{file} is damaged: it has {size_of(file)} bytes, not {piece.size}.')
+                read_into(file, 0, piece)
             return out
         except (ValueError, OSError) as error:
             raise _damage(params, error) from None
 
     dtype = common_dtype(array.dtype.numpy_dtype for array in arrays.values())
-    provenance = read_json(path / 'config.json').get('provenance') or {}
-    return Source(path, 'orbax', config, dtype, head, read, partial(tokenizer_beside, path), provenance)
+    stop_ids = check_stop_ids(f'{path / "config.json"}: stop_ids', content.get('stop_ids'), config.vocab_size)
+    tokenizer = partial(tokenizer_beside, path)
+    return Source(path, 'orbax', config, dtype, head, read, tokenizer, content.get('provenance', {}), stop_ids)
+
+
+def _check_chunks(params: Path, arrays: dict[str, Any], names: list[str], listed: set[str]) -> None:
+    """Raises a UserError where a chunk of an array is missing: TensorStore would give zeros in its place."""
+    for full in names:
+        name = full.rpartition('.')[2]
+        metadata = arrays[name].spec().to_json()['metadata']
+        separator = metadata.get('dimension_separator', '.')
+        counts = [range(-(-size // chunk)) for size, chunk in zip(metadata['shape'], metadata['chunks'], strict=True)]
+        for place in itertools.product(*counts):
+            if (chunk := f'{full}/{separator.join(map(str, place))}') not in listed:
+                raise UserError(f'The parameters in {params} are damaged or incomplete: {chunk} is missing.')
 
 
 def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> None:
@@ -174,7 +209,7 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
     now = time.time_ns()
     stamps = {'init_timestamp_nsecs': now, 'commit_timestamp_nsecs': now}
     write_json(params / '_CHECKPOINT_METADATA', {'item_handlers': handler, 'metrics': {}, 'custom_metadata': {}} | stamps)
-    _write_rest(path, config, model.tokenizer(), model.provenance)
+    _write_rest(path, config, Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids), model.provenance)
 
 
 def _store(params: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,15 +10,17 @@ import ml_dtypes
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import ModelConfig, UserError, nearest
+from llama2_jax.config import ModelConfig, UserError, nearest, shown
 from llama2_jax.convert.names import Key, their_shape
-from llama2_jax.files import read_bytes, write
+from llama2_jax.files import read_bytes, read_whole, write
+from llama2_jax.text.tokenizer import MODEL_BYTES
 
 DTYPES = {
     'float32': np.dtype(np.float32),
     'bfloat16': np.dtype(ml_dtypes.bfloat16),
     'float16': np.dtype(np.float16),
 }
+MAX_STOP_IDS = 8  # `model.decode` holds as many beside EOS and a request's own
 
 
 # Given what files hold of a parameter, (name, array) -> calls that each make a part of it: those parts of the parameters, in the
@@ -37,6 +40,7 @@ class Source:
       read: (name, layer) -> that parameter with the axes of our name; perhaps a view, perhaps of a smaller dtype.
       tokenizer: makes the content of tokenizer.model, or raises.
       provenance: stage, parent and step.
+      stop_ids: token ids that end a text, where a file names them; (): the tokenizer's EOS.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class Source:
     read: Callable[[str, int | None], np.ndarray]
     tokenizer: Callable[[], bytes]
     provenance: Mapping[str, Any]
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +64,21 @@ class Stored:
     dtype: np.dtype
     strides: tuple[int, ...] | None = None  # in elements; None: C order
 
+    @property
+    def span(self) -> int:
+        """Bytes from its first number to its last."""
+        if self.strides is None or not all(self.shape):
+            return math.prod(self.shape) * self.dtype.itemsize
+        reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (1 + reach) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The tensor.
 
         Raises:
           UserError: the file is shorter than it should be.
         """
-        span = int(np.prod(self.shape))
-        if self.strides is not None:
-            span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        flat = read_bytes(self.path, self.offset, span * self.dtype.itemsize).view(self.dtype)
+        flat = read_bytes(self.path, self.offset, self.span).view(self.dtype)
         if self.strides is None:
             return flat.reshape(self.shape)
         return np.lib.stride_tricks.as_strided(flat, self.shape, [stride * self.dtype.itemsize for stride in self.strides])
@@ -82,7 +92,7 @@ def check_tensors(found: Mapping[str, Stored], wanted: Mapping[str, Key], config
     """
     for name, stored in found.items():
         if name not in wanted:
-            raise UserError(f'{stored.path}: tensor {name!r} is unknown; {nearest_name(name, wanted)}')
+            raise UserError(f'{stored.path}: tensor {shown(name)} is unknown; {nearest_name(name, wanted)}')
     for name, (ours, _) in wanted.items():
         if name not in found:
             raise UserError(f'{where}: tensor {name!r} is missing; {nearest_name(name, found)}')
@@ -102,33 +112,36 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     return dtypes.pop() if len(dtypes) == 1 else DTYPES['float32']
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def matrix_dtype(matrices: Iterable[np.dtype], vectors: Iterable[np.ndarray]) -> np.dtype:
+    """That of a model's matrices where its vectors, often stored as float32, lose nothing in it; otherwise float32."""
+    dtype = common_dtype(matrices)
+    return dtype if all(np.array_equal(v.astype(dtype).astype(v.dtype), v) for v in vectors) else DTYPES['float32']
+
+
+def tokenizer_beside(*directories: Path) -> bytes:
+    """The content of the tokenizer.model in the first of these directories that has one.
 
     Raises:
       UserError: there is none.
     """
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror or error}.') from None
-    except ValueError:
-        raise UserError(f'{path} is damaged: it is not JSON.') from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path} is damaged: it is not a JSON object.')
-    return content
+    for directory in directories:
+        if (file := directory / 'tokenizer.model').exists():
+            return read_whole(file, MODEL_BYTES)
+    raise UserError(f'{directories[0]} has no tokenizer.model (SentencePiece); it belongs beside the weights.')
 
 
-def tokenizer_beside(path: Path) -> bytes:
-    """The content of the tokenizer.model in a directory.
+def check_stop_ids(label: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The token ids that end a text, from a file: one, a list of them, or none.
 
     Raises:
-      UserError: there is none.
+      UserError: it is something else, or an id is outside of the vocabulary.
     """
-    file = path / 'tokenizer.model'
-    if not file.is_file():
-        raise UserError(f'{path} has no tokenizer.model (SentencePiece); it belongs beside the weights.')
-    return file.read_bytes()
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < vocab_size for i in ids):
+        raise UserError(f'{label} is {shown(value)}, which is not a list of token ids below {vocab_size}.')
+    if len(ids) > MAX_STOP_IDS:
+        raise UserError(f'{label} has {len(ids)} token ids, and {MAX_STOP_IDS} can end a text at most.')
+    return tuple(dict.fromkeys(i for i in ids if i >= 0))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

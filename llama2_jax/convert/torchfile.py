@@ -5,21 +5,25 @@ Reading goes through `torch.load(weights_only=True)`, which runs no code from th
 """
 
 import io
+import os
 import pickle
+import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import UserError
+from llama2_jax.config import UserError, shown
 from llama2_jax.convert.source import DTYPES, Stored
-from llama2_jax.files import Output
+from llama2_jax.files import Output, open_file, size_of
 
+LIST_BYTES = 2**23  # of `data.pkl`, at most; a model of 80 layers has a hundredth of it
 ALIGNMENT = 64  # bytes; PyTorch maps the numbers into memory from there
 
 
@@ -45,31 +49,53 @@ def tensors_in(path: Path) -> dict[str, Stored]:
     torch = import_torch()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with path.open('rb') as file:
-        if not zipfile.is_zipfile(file):
-            raise UserError(f'{path} is damaged, or was written by PyTorch before 1.6: it is not a zip archive.')
+    with open_file(path) as file:
+        _check_archive(path, file)
         file.seek(0)
         try:
-            with FakeTensorMode():
+            with warnings.catch_warnings(), FakeTensorMode():
+                warnings.simplefilter('ignore')
                 content = torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:
+            if forbidden := re.search(r'GLOBAL ([\w.]+)', str(error)):
+                raise UserError(f'{path} holds {forbidden[1]}, which is code and not a tensor: it is not read.') from None
             reason = str(error).strip().partition('\n')[0]
-            raise UserError(f'{path} is damaged, or holds more than tensors, which is not read ({reason[:160]}).') from None
-    return {name: _stored(path, name, tensor, torch) for name, tensor in _items(path, content)}
-
-
-def _items(path: Path, content: Any) -> Any:
-    if not isinstance(content, Mapping):
+            raise UserError(f'{path} is damaged, or holds more than tensors, which is not read ({shown(reason, 160)}).') from None
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise UserError(f'{path} holds no names with tensors, but a {type(content).__name__}.')
-    return content.items()
+    return {name: _stored(path, name, tensor, torch) for name, tensor in content.items()}
+
+
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    """Raises a UserError unless it is a zip archive as torch.save writes it: nothing compressed, which could be of any size."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error):
+        raise UserError(f'{path} is damaged, or was written by PyTorch before 1.6: it is not a zip archive.') from None
+    left = size
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise UserError(f'{path} is compressed, which PyTorch does not do: {shown(member.filename)} in it is not read.')
+        if member.filename.rpartition('/')[2] == 'data.pkl' and member.file_size > LIST_BYTES:
+            raise UserError(f'{path}: the list of its tensors has {member.file_size} bytes, more than {LIST_BYTES}.')
+        left -= member.file_size
+    if left < 0:
+        raise UserError(f'{path} is damaged: its members overlap, or are longer than the file.')
 
 
 def _stored(path: Path, name: str, tensor: Any, torch: Any) -> Stored:
     dtype = DTYPES.get(str(getattr(tensor, 'dtype', '')).removeprefix('torch.'))
     if not isinstance(tensor, torch.Tensor) or dtype is None:
-        raise UserError(f'{path}: {name!r} is not a tensor of float32, bfloat16 or float16.')
-    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * dtype.itemsize
-    return Stored(path, offset, tuple(tensor.shape), dtype, None if tensor.is_contiguous() else tensor.stride())
+        raise UserError(f'{path}: {shown(name)} is not a tensor of float32, bfloat16 or float16.')
+    begin = tensor.untyped_storage()._checkpoint_offset
+    if begin is None:
+        raise UserError(f'{path}: {shown(name)} has no numbers in the file.')
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    found = Stored(path, begin + tensor.storage_offset() * dtype.itemsize, tuple(tensor.shape), dtype, strides)
+    if found.offset + found.span > size_of(path):
+        raise UserError(f'{path} is cut short: tensor {shown(name)} is missing or incomplete.')
+    return found
 
 
 class TorchFile:

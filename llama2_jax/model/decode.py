@@ -25,7 +25,7 @@ from llama2_jax.ops.rope import rope_table
 from llama2_jax.ops.sampling import sample
 
 CHUNK = 64  # tokens a row decodes in one call at most; their keys and values then move to the cache together, by `kept`
-STOP_IDS = 8  # token ids that may end a row, at most
+STOP_IDS = 16  # token ids that may end a row: half for a model's own, half for a request's
 
 KeysAndValues = tuple[jax.Array, jax.Array]  # [R, G, M, K] each
 Cache = tuple[KeysAndValues, ...]  # of each layer; what lies beyond a row's length is never read

@@ -63,7 +63,7 @@ class Request:
             ('top_k', self.top_k >= 0),
             ('seed', 0 <= self.seed < 2**32),
             ('stop', all(self.stop)),
-            ('stop_token_ids', len(self.stop_token_ids) < decode.STOP_IDS),
+            ('stop_token_ids', len(self.stop_token_ids) < decode.STOP_IDS // 2),
         ):
             if not valid:
                 raise UserError(f'{name}={getattr(self, name)!r} is out of range.')
@@ -257,7 +257,7 @@ class Engine:
         stops = np.full((len(live), decode.STOP_IDS), -1, np.int32)
         for stop, row in zip(stops, live, strict=True):
             if row is not None:
-                ids = (self.tokenizer.eos_id, *row.request.stop_token_ids)
+                ids = (self.tokenizer.eos_id, *self.tokenizer.stop_ids, *row.request.stop_token_ids)
                 stop[: len(ids)] = ids
         return decode.Rows(
             token_B=array(np.int32, lambda row: (row.token_ids or row.request.token_ids)[-1]),
@@ -281,8 +281,8 @@ class Engine:
         if request.stop and (cut := self._find_stop(request, row.token_ids, before)):
             length, text = cut
             row.sample = Sample(text, row.token_ids[:length], row.logprobs[:length], 'stop')
-        elif row.token_ids[-1] in (self.tokenizer.eos_id, *request.stop_token_ids):
-            reason = 'eos' if row.token_ids[-1] == self.tokenizer.eos_id else 'stop'
+        elif row.token_ids[-1] in (*(ends := (self.tokenizer.eos_id, *self.tokenizer.stop_ids)), *request.stop_token_ids):
+            reason = 'eos' if row.token_ids[-1] in ends else 'stop'
             row.sample = Sample(self._text(request, row.token_ids[:-1]), row.token_ids, row.logprobs, reason)
         elif len(row.token_ids) == row.limit:
             row.sample = Sample(self._text(request, row.token_ids), row.token_ids, row.logprobs, 'length')

@@ -11,11 +11,12 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import UserError
-from llama2_jax.files import write_atomically
+from llama2_jax.files import read_whole, write_atomically
 
 FILE_NAME = 'tokenizer.model'
 SENTENCE_BYTES = 4192  # SentencePiece drops longer training sentences without a word, so `sentences` cuts them
 WHITESPACE_SCORE = -1e9
+MODEL_BYTES = 2**26  # of a model file at most; the largest known has 5 MB
 
 
 class Tokenizer:
@@ -31,6 +32,8 @@ class Tokenizer:
       UserError: if there is no such file, or it is not a SentencePiece model with BOS, EOS and `<unk>`.
     """
 
+    stop_ids: tuple[int, ...] = ()  # token ids that end a text besides EOS, which a model's files may name
+
     def __init__(self, path: str | os.PathLike):
         file = epath.Path(path)
         if file.is_dir():
@@ -38,7 +41,7 @@ class Tokenizer:
         if not file.is_file():
             raise UserError(f'There is no tokenizer at {file}.')
         self.path = os.fspath(file)
-        self._load(file.read_bytes())
+        self._load(read_whole(file, MODEL_BYTES))
 
     def _load(self, model: bytes) -> None:
         self._model = model
@@ -55,17 +58,18 @@ class Tokenizer:
             raise UserError(f'{self.path} has no <unk>, BOS or EOS piece, so it cannot mark where a document begins and ends.')
 
     def __getstate__(self) -> dict:  # data workers get the model itself, not a path that may have changed
-        return {'path': self.path, 'model': self._model}
+        return {'path': self.path, 'model': self._model, 'stop_ids': self.stop_ids}
 
     def __setstate__(self, state: dict) -> None:
         self.path = state['path']
         self._load(state['model'])
+        self.stop_ids = state['stop_ids'] if state['stop_ids'] != (self.eos_id,) else ()
 
     @classmethod
-    def from_bytes(cls, model: bytes, path: str | os.PathLike = FILE_NAME) -> 'Tokenizer':
+    def from_bytes(cls, model: bytes, path: str | os.PathLike = FILE_NAME, stop_ids: tuple[int, ...] = ()) -> 'Tokenizer':
         """From the content of a model file; `path` is what errors call it."""
         tokenizer = cls.__new__(cls)
-        tokenizer.__setstate__({'path': os.fspath(path), 'model': model})
+        tokenizer.__setstate__({'path': os.fspath(path), 'model': model, 'stop_ids': stop_ids})
         return tokenizer
 
     @property

@@ -46,15 +46,15 @@ def change_tensors(hf, edit):
         ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, r'rope_scaling=.*linear.* is not handled'),
         ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}}, r'rope_parameters=.*yarn.* is not handled'),
         ({'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5 is not handled'),
-        ({'attention_bias': True}, 'attention_bias=true is not of a LLaMA 2 model, which has False'),
-        ({'mlp_bias': True}, 'mlp_bias=true is not of a LLaMA 2 model'),
-        ({'hidden_act': 'gelu'}, 'hidden_act="gelu" is not of a LLaMA 2 model'),
-        ({'model_type': 'mistral'}, 'model_type="mistral" is not of a LLaMA 2 model'),
+        ({'attention_bias': True}, 'config.json: attention_bias=True'),
+        ({'mlp_bias': True}, 'config.json: mlp_bias=True'),
+        ({'hidden_act': 'gelu'}, "config.json: hidden_act='gelu'"),
+        ({'model_type': 'mistral'}, "config.json: model_type='mistral'"),
         ({'quantization_config': {'bits': 4}}, 'quantization_config='),
-        ({'layer_norm_bias': True}, 'layer_norm_bias=true is an attribute that is not handled'),
-        ({'architectures': ['LlamaModel']}, "architecture 'LlamaModel' is not handled"),
+        ({'layer_norm_bias': True}, 'config.json: .layer_norm_bias.: True'),
+        ({'architectures': ['LlamaModel']}, 'architectures=.*LlamaModel.* is not handled'),
         ({'hidden_size': 'gone'}, "attribute 'hidden_size' is missing"),
-        ({'num_hidden_layers': '3'}, "num_hidden_layers='3' is not a whole number"),
+        ({'num_hidden_layers': '3'}, "config.json: num_hidden_layers is '3', not a whole number"),
         ({'num_hidden_layers': 2}, r"tensor 'model.layers.2.input_layernorm.weight' is unknown"),
         ({'num_hidden_layers': 4}, r"tensor 'model.layers.3.input_layernorm.weight' is missing"),
         ({'num_key_value_heads': 16}, r"'model.layers.0.self_attn.k_proj.weight' has the shape \[32, 64\], not \[64, 64\]"),
@@ -80,7 +80,7 @@ def test_tensors_of_huggingface(hf):
     with pytest.raises(UserError, match=rf"tensor '{name}' is missing"):
         open_model(hf)
     change_tensors(hf, lambda tensors: tensors.update({name: np.zeros((64, 96), np.int8)}))
-    with pytest.raises(UserError, match=f"tensor '{name}' holds I8; valid: F32, BF16, F16"):
+    with pytest.raises(UserError, match=f"tensor '{name}' holds 'I8'; valid: F32, BF16, F16"):
         open_model(hf)
 
 
@@ -99,8 +99,9 @@ def test_damaged_and_missing_files(hf, model_directory, tmp_path):
     with pytest.raises(UserError, match="'a' is there twice"):
         open_model(hf)
     file.write_bytes(whole)
+    file = file.rename(hf / 'shard.safetensors')
     save_file({'norm': np.zeros(1, np.float32)}, hf / 'other.safetensors')
-    index = {'weight_map': {name: 'model.safetensors' for name in load_file(file)} | {'lm_head.weight': 'gone.safetensors'}}
+    index = {'weight_map': {name: file.name for name in load_file(file)} | {'lm_head.weight': 'gone.safetensors'}}
     (hf / 'model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(UserError, match='gone.safetensors is missing, though the index names it'):
         open_model(hf)
@@ -109,7 +110,7 @@ def test_damaged_and_missing_files(hf, model_directory, tmp_path):
     with pytest.raises(UserError, match="index.json: tensor 'lm_head.weight' is not in other.safetensors"):
         open_model(hf)
     save_file({'lm_head.weight': np.zeros(1, np.float32)}, hf / 'other.safetensors')
-    with pytest.raises(UserError, match="other.safetensors: tensor 'lm_head.weight' is also in model.safetensors"):
+    with pytest.raises(UserError, match="shard.safetensors: tensor 'lm_head.weight' is also in other.safetensors"):
         open_model(hf)
     (hf / 'model.safetensors.index.json').unlink()
     file.unlink()
@@ -118,7 +119,7 @@ def test_damaged_and_missing_files(hf, model_directory, tmp_path):
     for path, message in (
         (tmp_path / 'nothing', 'There is no model at'),
         (ROOT / 'tests', 'is not a model directory: it has no config.json'),
-        (ROOT / 'README.md', 'is no model: the one format that is a single file is .gguf'),
+        (ROOT / 'README.md', 'README.md is not a model'),
     ):
         with pytest.raises(UserError, match=message):
             open_model(path)
@@ -127,7 +128,7 @@ def test_damaged_and_missing_files(hf, model_directory, tmp_path):
     with pytest.raises(UserError, match='m.gguf is (cut short|damaged)'):
         open_model(tmp_path / 'm.gguf')
     (tmp_path / 'm.gguf').write_bytes(b'no')
-    with pytest.raises(UserError, match='m.gguf is damaged, or not a GGUF file'):
+    with pytest.raises(UserError, match='m.gguf is not a model'):
         open_model(tmp_path / 'm.gguf')
 
 
@@ -156,7 +157,7 @@ def test_files_of_meta(model_directory, tmp_path):
     with pytest.raises(UserError, match="params.json: field 'use_scaled_rope' is not of a LLaMA 2 model"):
         open_model(meta)
     change(meta / 'params.json', use_scaled_rope='gone', dim='64')
-    with pytest.raises(UserError, match="params.json: field 'dim' is '64'"):
+    with pytest.raises(UserError, match="params.json: dim is '64'"):
         open_model(meta)
 
 
@@ -171,7 +172,7 @@ def test_no_code_in_a_file_is_run(model_directory, tmp_path):
     convert(open_model(model_directory()), tmp_path / 'meta', 'meta')
     file = tmp_path / 'meta/consolidated.00.pth'
     torch.save({'norm.weight': Evil()}, file)
-    with pytest.raises(UserError, match='is damaged, or holds more than tensors, which is not read'):
+    with pytest.raises(UserError, match='consolidated.00.pth holds posix.system'):
         open_model(tmp_path / 'meta')
     file.write_bytes(pickle.dumps({'norm.weight': Evil()}))
     with pytest.raises(UserError, match='is damaged, or was written by PyTorch before 1.6'):

@@ -2,7 +2,7 @@
 
 
 class Letters:
-    unk_id, bos_id, eos_id = 0, 1, 2
+    unk_id, bos_id, eos_id, stop_ids = 0, 1, 2, ()
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
