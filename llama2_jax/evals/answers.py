@@ -18,7 +18,8 @@ _NEW_QUESTION = re.compile(r'\n\s*(?:Q|Question|Problem)(?: \d+)?:')
 STATED = re.compile(
     r'\b(?:answer|(?:correct|right|best) (?:option|choice))(?: (?:choice|option|letter|here))?'
     r'(?:,? (?:to|of|for|therefore|then)\b[^.:?\n]{0,80}?)?'
-    r'(?:\s*:|,? (?:is|was|would be)\b)(?: therefore| thus| simply| approximately| about|,)*\s*:?(?!\s*not\b)'
+    r'(?:\s*:|,? (?:is|was|would be)\b)(?: therefore| thus| simply| approximately| about|,)*\s*:?'
+    r'(?!\s*(?:not|calculated|computed|found|obtained|determined)\b)'
     r'|^\W*(?:final |correct )?answer(?:\W*\n|\s*=)',  # a heading
     re.IGNORECASE | re.MULTILINE,
 )
@@ -35,6 +36,12 @@ _LEADING_LETTER = re.compile(
     r'(?:[).:,;\]"]|\s*$|\s+[^\w\s]|\s+(?:because|as|since)\b|(?<![AI])\s)',  # and neither of the words "a" and "I"
     re.IGNORECASE,
 )
+
+
+# "Answer:" may also introduce a whole explanation: what follows must be short, or begin with a number or letter.
+SHORT = 80
+_BARE = re.compile(r'\W*(?:\d|[A-Za-z]\b)')
+_LISTED = re.compile(r'\d+[.)]\s+\S')
 
 
 def plain(text: str) -> str:
@@ -58,7 +65,12 @@ def stated(text: str) -> Iterator[str]:
     found = list(STATED.finditer(text))
     if found and (retracted := _RETRACTED.search(text, found[-1].end())):
         yield _line(text[retracted.end() :])
-    yield from (_line(text[statement.end() :]) for statement in reversed(found))
+    for statement in reversed(found):
+        words, line = statement.group(), _line(text[statement.end() :])
+        same_line = '\n' not in words and not text.startswith('\n', statement.end())
+        says = same_line and (len(line) <= SHORT or words.rstrip().lower().endswith(('is', 'was', 'be')))
+        if says or _BARE.match(line) and not _LISTED.match(line):
+            yield line
 
 
 def _line(text: str) -> str:
@@ -136,7 +148,7 @@ def _leading(text: str, options: Mapping[str, str]) -> str:
 def _by_words(text: str, options: Mapping[str, str]) -> str:
     """The option whose text is all of it or its first sentence, or else the only one named there (the longest of nested ones)."""
     said = {normalise(text), normalise(_SENTENCE_END.split(text, maxsplit=1)[0])}
-    names = {letter: normalise(option) for letter, option in options.items()}
+    names = {letter: name for letter, option in options.items() if (name := normalise(option))}
     if same := [letter for letter, name in names.items() if name in said]:
         return same[0]
     named = [letter for letter, name in names.items() if any(f' {name} ' in f' {one} ' for one in said)]

@@ -71,6 +71,17 @@ def grade(name, target, text, **data):
         ('1.', '1'),
         ('24 answers * 2 points/answer = 48 points, and so 48 + 16 = 64 in all.', '64'),
         ('Answer = 18', '18'),
+        ("Sure! Here's the answer:\n\nJanet's ducks lay 16 eggs. She sells 9 * 2 = $18.", '18'),
+        ("Here's the step-by-step answer:\n1. She has 16 eggs.\n2. She makes $18.", '18'),
+        ('Here is the answer:\n\nEggs: 16\nEaten: 7\nTotal: $18', '18'),
+        ('Let me check my answer: 9 * 2 = 18.', '18'),
+        ('To find the answer: first we subtract what she eats and what she bakes, which is 16 - 7 = 9. Then 9 * 2 = 18.', '18'),
+        ('The answer is obtained by multiplying 9 by 2. So she makes $18.', '18'),
+        ('The answer is calculated as follows: 16 - 7 = 9, 9 * 2 = 18.', '18'),
+        ('Answer: 18 dollars\n\nExplanation: 16 - 7 = 9, and 9 times 2 is what she makes in 1 day.', '18'),
+        ('The answer is 18.\n\nExplanation: 16 - 7 = 9.', '18'),
+        ('**The answer is 18.**', '18'),
+        ('**Final Answer: $18/day**', '18'),
         ('nothing', ''),
         ('', ''),
     ],
@@ -112,6 +123,7 @@ def test_numbers(text, number):
         ('The answer must be an item that absorbs ink. Of the above, only blotters. So the answer is (e).', 'E'),
         ('The answer is (e).\n\nQ: What?\nA: The answer is (a).', 'E'),
         ('The answer is (e).\nI hope this answer is helpful!', 'E'),
+        ('Here is my answer: we look at (A) first, which is a thing of cloth that would be stained, and so it is (E).', 'E'),
         ('The answer is a thing', ''),
         ('no idea', ''),
         ('', ''),
@@ -160,6 +172,13 @@ def test_bbh(target, text):
     others = {'(B)': '(A)', 'No': 'Yes', 'no': 'yes', 'True': 'False', 'invalid': 'valid', 'valid': 'invalid'}
     assert grade('bbh', others.get(target, f'{target} )'), text, input=DATES)['correct'] == 0.0
     assert grade('bbh', target, '', input=DATES)['correct'] == 0.0
+
+
+@pytest.mark.parametrize(
+    ('text', 'right'), [('', 0.0), ('(A)', 0.0), ('either (B) or (A)', 0.0), (' (B)', 1.0), ('The answer is B', 1.0)]
+)
+def test_bbh_without_listed_options(text, right):
+    assert grade('bbh', '(B)', text, input='Which?')['correct'] == right
 
 
 def test_small_vocabularies():

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import os
 import re
+import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -87,7 +88,7 @@ def grade_bbh(example: Example, outputs: Sequence[Any], given: Given) -> Record:
     text, target = outputs[0]['text'], example.target
     if re.fullmatch(r'\([A-Z]\)', target):
         options = dict(re.findall(r'^\(([A-Z])\) ?(.*)$', example.data['input'], re.MULTILINE))
-        found = answers.letter(text, {target[1]: ''} | options)
+        found = answers.letter(text, options or dict.fromkeys(string.ascii_uppercase, ''))
         prediction = f'({found})' if found else ''
     elif vocabulary := _vocabulary(target):
         prediction = answers.word(text, vocabulary)

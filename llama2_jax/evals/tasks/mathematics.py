@@ -23,7 +23,7 @@ def read_gsm8k(files: Files, shots: int) -> list[Example]:
         question, target = row.text('question'), extract_number(row.text('answer'))
         if not target:
             raise row.refused("'answer' holds no number")
-        examples.append(Example(target, f'{begin}Q: {question}\nA:', question))
+        examples.append(Example(target, f'{begin}Q: {question}\nA:', f'{question}\nEnd with "The answer is NUMBER."'))
     return examples
 
 

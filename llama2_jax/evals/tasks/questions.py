@@ -110,9 +110,14 @@ def read_squad(files: Files, shots: int) -> list[Example]:
     for context, row in _first(shots, paragraphs('train', 'train'), files):
         begin += f'{ask(context, row)} {_squad_answers(row)[0]}\n\n'
     return [
-        Example(_squad_answers(row), begin + ask(context, row), ask(context, row))
+        Example(_squad_answers(row), begin + ask(context, row), _briefly(ask(context, row)))
         for context, row in paragraphs('dev', 'validation')
     ]
+
+
+def _briefly(prompt: str) -> str:
+    """The same question for a chat model, which would answer in a sentence."""
+    return f'{prompt.removesuffix("Answer:")}Answer with a few words of the passage only.'
 
 
 def _squad_answers(row: Row) -> list[str]:
@@ -143,9 +148,7 @@ def read_quac(files: Files, shots: int) -> list[Example]:
     first = [examples[0] for examples in _first(shots, conversations('train'), files)]
     begin = ''.join(f'{example.prompt} {example.target[0]}\n\n' for example in first)
     return [
-        dataclasses.replace(example, prompt=begin + example.prompt, chat=begin + example.chat)
-        for examples in conversations('val')
-        for example in examples
+        dataclasses.replace(example, prompt=begin + example.prompt) for examples in conversations('val') for example in examples
     ]
 
 
@@ -156,7 +159,7 @@ def _conversation(article: Row, paragraph: Row) -> Iterator[Example]:
         texts = [UNANSWERABLE if answer['text'] == 'CANNOTANSWER' else answer['text'] for answer in row['answers']]
         answers = _answers(row, texts)
         ask = f'{prompt}Question: {row["question"]}\nIf the passage does not say, answer "unanswerable".\nAnswer:'
-        yield Example(answers, ask, ask)
+        yield Example(answers, ask, _briefly(ask))
         prompt += f'Question: {row["question"]}\nAnswer: {answers[0]}\n'
 
 
