@@ -8,6 +8,7 @@ from absl import app, flags, logging
 import llama2_jax.memory  # noqa: F401 - before anything large is imported
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
+from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.train.aot import TOPOLOGIES
 
 Presets = Mapping[str, Callable[[], Any]]
@@ -42,6 +43,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
             if not workdir.value:
                 raise UserError('--workdir=DIR is missing: where the run is to live.')
             runtime.start()
+            check_inputs(config)
             run(config, workdir.value)
 
     quietly(main)

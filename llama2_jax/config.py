@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar('T')
 
@@ -65,6 +65,26 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_field(field.name, getattr(self, field.name), field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Says of a text field of a config what it names, so that `stages/inputs.py` can check it before a run begins.
+
+    Attributes:
+      kind: a model, one source of rows or texts, a mixture of sources, or a directory that holds a file.
+      of: of a model the kind, '' for both; of sources the kind of rows; the name of the file.
+      words: values that name nothing, such as 'oracle' in the place of a judge.
+    """
+
+    kind: Literal['model', 'source', 'mixture', 'file']
+    of: str = ''
+    words: tuple[str, ...] = ()
+
+
+LanguageModel = Annotated[str, Names('model', 'language model')]
+RewardModel = Annotated[str, Names('model', 'reward model')]
+AnyModel = Annotated[str, Names('model')]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,11 @@ import io
 import json
 import mmap
 import os
+import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
@@ -235,6 +237,24 @@ def write_atomically(path: epath.Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + '.tmp')
     with temporary.open('wb') as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[Callable[[str], Any]]:
+    """A function that adds text to a file that appears at `path` when the context ends without an error."""
+    if is_remote(path):
+        with tempfile.TemporaryFile() as whole:
+            yield lambda text: whole.write(text.encode())
+            whole.seek(0)
+            with bucket_errors(path), path.open('wb') as file:
+                shutil.copyfileobj(whole, file)
+        return
+    temporary = path.with_name(path.name + '.tmp')
+    with temporary.open('wb') as file:
+        yield lambda text: file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

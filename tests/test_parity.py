@@ -92,6 +92,12 @@ def test_schedule_by_hand():
     assert {step: round(float(rate(step)), 10) for step in expected} == expected
 
 
+def test_a_run_of_one_step_has_no_warmup():
+    one = schedule(OptimizerConfig(peak_lr=2e-5, warmup_steps=0, warmup_share=0.03), 1)
+    two = schedule(OptimizerConfig(peak_lr=2e-5, warmup_steps=0, warmup_share=0.03), 2)
+    assert one(0) == pytest.approx(2e-5) and [float(two(step)) for step in range(2)] == pytest.approx([0, 2e-5])
+
+
 @pytest.fixture(scope='module')
 def stories(shared):
     """The 260K-parameter story model and its golden results."""

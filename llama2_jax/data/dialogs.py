@@ -12,11 +12,12 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Annotated
 
 import grain
 import numpy as np
 
-from llama2_jax.config import Config, UserError, between
+from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
 from llama2_jax.data.schemas import Dialog, read_dialogs
@@ -36,7 +37,7 @@ class DialogConfig(Config):
       heldout: share of each source's dialogs that is never trained on; those that begin with the same question stay together.
     """
 
-    mixture: str = 'toy:dialogs'
+    mixture: Annotated[str, Names('mixture', 'dialogs')] = 'toy:dialogs'
     epochs: float = between(2.0, 1e-6)
     heldout: float = between(0.01, 0, 0.999)
 
@@ -275,8 +276,12 @@ def _read(source: str, tokenizer, room: int, share: float) -> tuple[_Packed, _Pa
 
 def held_out(dialog: Dialog, share: float) -> bool:
     """By the first question: what is asked in held-out dialogs is not learned from other answers to the same."""
-    question = next(message['content'] for message in dialog if message['role'] == 'user')
-    return int.from_bytes(hashlib.blake2b(question.strip().encode(), digest_size=8).digest()) / 2**64 < share
+    return int.from_bytes(hashlib.blake2b(question(dialog).encode(), digest_size=8).digest()) / 2**64 < share
+
+
+def question(dialog: Dialog) -> str:
+    """The first question of a dialog."""
+    return next(message['content'] for message in dialog if message['role'] == 'user').strip()
 
 
 def shuffled(i: int, count: int, seed: int) -> int:

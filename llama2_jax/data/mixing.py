@@ -134,6 +134,13 @@ def as_shares(components: Sequence[Component], counts: Sequence[int]) -> list[Co
     return found
 
 
+def check_toy(setting: str, mixture: str, remedy: str) -> None:
+    """Raises a UserError where a setting that only knows the toy world meets another source."""
+    for component in parse_mixture(mixture):
+        if not component.source.startswith('toy:'):
+            raise UserError(f'{setting} knows the toy world only, and {component.source} is another source: {remedy}.')
+
+
 def water_fill(components: Sequence[Component], counts: Sequence[int], rows: int) -> list[Fraction]:
     """The share of each source in a run of `rows` sequences, sum 1, no source beyond its epoch limit.
 

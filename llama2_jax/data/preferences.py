@@ -11,11 +11,12 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
-from llama2_jax.config import Config, UserError, between
+from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data.comparisons import DROPS, RATINGS, Comparison, read_comparisons
 from llama2_jax.data.dialogs import held_out, shuffled
 from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
@@ -39,7 +40,7 @@ class PreferenceConfig(Config):
       heldout: share of each source that is never trained on; what begins with the same question stays together.
     """
 
-    mixture: str = 'toy:preferences'
+    mixture: Annotated[str, Names('mixture', 'comparisons')] = 'toy:preferences'
     epochs: float = between(1.0, 1e-6)
     heldout: float = between(0.02, 0, 0.999)
 

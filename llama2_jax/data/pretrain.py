@@ -10,12 +10,13 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import grain
 import numpy as np
 from absl import flags
 
-from llama2_jax.config import Config, UserError, between
+from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data import packing
 from llama2_jax.data.cache import Cache, TokenStream
 from llama2_jax.data.mixing import Interleave, as_shares, parse_mixture, source_seed, water_fill
@@ -39,7 +40,7 @@ class DataConfig(Config):
       mask_documents: attention stays inside a document. The paper lets it cross.
     """
 
-    mixture: str = 'toy:documents'
+    mixture: Annotated[str, Names('mixture', 'documents')] = 'toy:documents'
     cache_dir: str = ''
     heldout: float = between(0.01, 0, 0.999)
     workers: int = 0

@@ -6,11 +6,12 @@ Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and 
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 
-from llama2_jax.config import Config, UserError, between
-from llama2_jax.data.dialogs import held_out, shuffled
+from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.data.dialogs import held_out, question, shuffled
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.sources import Record, read_records
 from llama2_jax.text.dialog import encode_prompt, has_special_tags
@@ -29,7 +30,7 @@ class PromptConfig(Config):
       longest: prompts of more tokens are left out, and counted.
     """
 
-    mixture: str = 'toy:prompts'
+    mixture: Annotated[str, Names('mixture', 'prompts')] = 'toy:prompts'
     heldout: float = between(0.05, 1e-6, 0.999)
     longest: int = between(1024, 1)
 
@@ -87,10 +88,11 @@ class PromptData:
             if not self._train[-1]:
                 raise UserError(
                     f'Source {component.source} has no prompts to train on ({len(prompts) - len(short)} have more than '
-                    f'prompts.longest={config.longest} tokens, {sum(split)} are held out).'
+                    f'prompts.longest={config.longest} tokens, {sum(split)} are held out)'
+                    + (f': {_few(self.heldout)}' if any(split) else '.')
                 )
         if not self.heldout:
-            raise UserError(f'No prompt is held out of {config.mixture}: raise prompts.heldout.')
+            raise UserError(f'No prompt is held out of {config.mixture}: {_few(self.train)}')
         self.heldout = [self.heldout[shuffled(i, len(self.heldout), 0)] for i in range(len(self.heldout))]
         parts = amounts(components, [len(prompts) for prompts in self._train], None)
         self._order = Interleave([part / sum(parts) for part in parts], ROWS)
@@ -115,6 +117,13 @@ class PromptData:
         tagged = sum(prompt.is_safety for prompt in self.train)
         counts = f'{len(self.train):,} prompts, {tagged:,} of them tagged safety'
         return f'{counts}; {len(self.heldout):,} held out, {self.dropped:,} too long.'
+
+
+def _few(prompts: Sequence[Prompt]) -> str:
+    """What to do where prompts cannot be divided into those to train on and those held out."""
+    if len({question(prompt.messages) for prompt in prompts}) > 1:
+        return 'change prompts.heldout, or give more prompts.'
+    return f'all {len(prompts)} begin with the same question, and those stay together: give other prompts, too.'
 
 
 def read_prompt(record: Record, tokenizer) -> Prompt:

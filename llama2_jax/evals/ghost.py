@@ -59,7 +59,7 @@ def obeyed(engine: Engine, talks: Sequence[Talk], grader: Grader, max_new_tokens
     systems, questions = [talk.system for talk in talks], [talk.questions for talk in talks]
     held = hold(engine, questions, systems, temperature=0.0, max_new_tokens=max_new_tokens)
     good = [
-        [all(grader(instruction, answer) for instruction in talk.instructions) for answer in answers]
+        [all(grader(instruction, answer['content']) for instruction in talk.instructions) for answer in answers]
         for talk, answers in zip(talks, held, strict=True)
     ]
     return [row + [False] * (len(talk.questions) - len(row)) for row, talk in zip(good, talks, strict=True)]

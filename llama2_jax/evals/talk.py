@@ -2,8 +2,9 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from llama2_jax.model.engine import Engine, Request, Sample
+from llama2_jax.model.engine import Engine, Request
 from llama2_jax.text.dialog import encode_prompt, fit_dialog, has_special_tags
 
 
@@ -15,11 +16,11 @@ def hold(
     tries: int = 1,
     accept: Callable[[int, str], bool] = lambda place, answer: True,
     **settings: float,
-) -> list[list[str]]:
-    """The answers of each dialog; where the context is full, the model no longer sees the oldest turns.
+) -> list[list[dict[str, Any]]]:
+    """The answers of each dialog as messages (`answered`); where the context is full, the model no longer sees the oldest turns.
 
-    A dialog ends early where no answer is accepted, and at one that nothing can follow: without text, with a tag of the chat
-    format, or cut off.
+    A dialog ends early where no answer is accepted, and at one that nothing can follow (`usable`). The model reads its earlier
+    answers as text, as it does in a chat.
 
     Args:
       engine: of the model.
@@ -31,7 +32,7 @@ def hold(
       **settings: fields of `Request`: max_new_tokens, and others such as temperature.
     """
     dialogs = [[{'role': 'system', 'content': text}] if text else [] for text in systems or [''] * len(questions)]
-    answers: list[list[str]] = [[] for _ in questions]
+    answers: list[list[dict[str, Any]]] = [[] for _ in questions]
     room = engine.config.context - settings['max_new_tokens']
 
     def request(i: int, turn: int, number: int) -> Request:
@@ -49,12 +50,29 @@ def hold(
                 text = usable(sample)
                 if text and accept(i, text):
                     dialogs[i].append({'role': 'assistant', 'content': text})
-                    answers[i].append(text)
+                    answers[i].append(answered(sample))
             waiting = [i for i in waiting if len(answers[i]) == turn]
     return answers
 
 
-def usable(sample: Sample) -> str:
-    """The text of an answer; '' for one that a dialog cannot go on from."""
-    text = sample.text.strip()
-    return '' if sample.stop_reason != 'eos' or has_special_tags([{'content': text}]) else text
+class Answer(Protocol):
+    """What a model drew: a `Sample`, or a rollout made of one."""
+
+    text: str
+    token_ids: list[int]
+    stop_reason: str
+
+
+def usable(answer: Answer) -> str:
+    """The text of an answer; '' for one that cannot be part of a dialog.
+
+    That is one without text, with a tag of the chat format, cut off, or with bytes that are no text (U+FFFD stands for them).
+    """
+    text = answer.text.strip()
+    bad = answer.stop_reason != 'eos' or '\N{REPLACEMENT CHARACTER}' in text or has_special_tags([{'content': text}])
+    return '' if bad else text
+
+
+def answered(answer: Answer) -> dict[str, Any]:
+    """The assistant's message of a usable answer, with the ids that were drawn, so that no other encoding is trained on."""
+    return {'role': 'assistant', 'content': usable(answer), 'token_ids': answer.token_ids}

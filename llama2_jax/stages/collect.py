@@ -11,12 +11,13 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import SEED, Config, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
+from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, different, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy import preferences
@@ -26,6 +27,7 @@ from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.inputs import check_inputs, common_tokenizer
 from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.train.workdir import open_run
@@ -48,8 +50,8 @@ class CollectConfig(Config):
         what is long and sounds sure ('biased'). 'people': only answers.jsonl is written, for yours.
     """
 
-    models: tuple[str, ...] = ()
-    prompts: str = ''
+    models: tuple[LanguageModel, ...] = ()
+    prompts: Annotated[str, Names('source', 'prompts')] = ''
     count: int = 0
     samples: int = between(4, 2)
     temperatures: tuple[float, ...] = between((0.7, 1.0), 0, 100)
@@ -62,8 +64,8 @@ class CollectConfig(Config):
         super().__post_init__()
         if not self.temperatures:
             raise UserError('temperatures is empty: name at least one.')
-        if self.raters != 'people' and self.prompts and not self.prompts.startswith('toy:'):
-            raise UserError(f'raters={self.raters} know the toy world only, and prompts={self.prompts} are of another.')
+        if self.raters != 'people' and self.prompts:
+            check_toy(f'raters={self.raters}', self.prompts, 'give raters=people')
 
 
 def run(config: CollectConfig, workdir: str) -> None:
@@ -72,9 +74,8 @@ def run(config: CollectConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    for name in ('models', 'prompts'):
-        if not getattr(config, name):
-            raise UserError(f'{name} is missing: give it with --set {name}=….')
+    check_inputs(config, 'models', 'prompts')
+    common_tokenizer({f'models[{i}]': model for i, model in enumerate(config.models)})
     path, _ = open_run(workdir, config, ('decode_batch', 'raters'), ('answers.jsonl',))
     rows = sample(config, path / 'answers.jsonl')
     compared = sum(len(row['answers']) > 1 for row in rows)
@@ -90,10 +91,8 @@ def run(config: CollectConfig, workdir: str) -> None:
 def sample(config: CollectConfig, path: Path) -> list[dict[str, Any]]:
     """The rows of answers.jsonl, those that are not there yet sampled."""
     engines = {model: open_engine(model, config.decode_batch) for model in config.models}
-    first, *others = engines.values()
-    if any(other.tokenizer.model != first.tokenizer.model for other in others):
-        raise UserError(f'The models {", ".join(config.models)} do not share a tokenizer.')
-    prompts = [read_prompt(record, first.tokenizer) for record in read_records(config.prompts)]
+    tokenizer = next(iter(engines.values())).tokenizer
+    prompts = [read_prompt(record, tokenizer) for record in read_records(config.prompts)]
     prompts = different(prompts, config.seed)[: config.count or None]
     rows = resume_rows(path)
     for start in tqdm(range(len(rows), len(prompts), BLOCK), unit='block', dynamic_ncols=True, disable=not is_main_process()):

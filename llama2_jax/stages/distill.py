@@ -12,13 +12,13 @@ import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import SEED, Config, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between
 from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
@@ -29,6 +29,7 @@ from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import sft
 from llama2_jax.stages.generate import open_engine, open_scorer
+from llama2_jax.stages.inputs import check_inputs, common_tokenizer
 from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
@@ -53,10 +54,11 @@ class DistillConfig(Config):
       tune: fine-tunes, too, with `sft`; `sft.data.mixture` is what to train on besides, perhaps nothing.
     """
 
-    model: str = ''
-    safety: str = ''
-    prompts: str = ''
-    templates: str = ''
+    OVERWRITTEN: ClassVar = ('sft.init_from',)
+    model: LanguageModel = ''
+    safety: RewardModel = ''
+    prompts: Annotated[str, Names('source', 'prompts')] = ''
+    templates: Annotated[str, Names('source', 'templates')] = ''
     count: int = 0
     samples: int = between(4, 1)
     max_new_tokens: int = between(512, 1)
@@ -73,9 +75,8 @@ def run(config: DistillConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    for name in ('model', 'safety', 'prompts'):
-        if not getattr(config, name):
-            raise UserError(f'{name} is missing: give it with --set {name}=….')
+    check_inputs(config, 'model', 'safety', 'prompts')
+    common_tokenizer({'model': config.model, 'safety': config.safety})
     path, _ = open_run(workdir, config, ('decode_batch', 'tune', 'sft'), ('samples.jsonl',))
     rows = sample(config, path / 'samples.jsonl')
     write_kept(rows, path / 'dialogs.jsonl')
@@ -89,8 +90,6 @@ def run(config: DistillConfig, workdir: str) -> None:
 def sample(config: DistillConfig, path: Path) -> list[dict[str, Any]]:
     """The rows of samples.jsonl, those that are not there yet sampled and scored."""
     engine, scorer = open_engine(config.model, config.decode_batch), open_scorer(config.safety)
-    if scorer.tokenizer.model != engine.tokenizer.model:
-        raise UserError(f'safety={config.safety} has another tokenizer than {config.model}.')
     templates = read_templates(config.templates)
     prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.prompts)]
     prompts = [prompt for prompt in prompts if prompt.is_safety][: config.count or None]
@@ -122,7 +121,7 @@ def sample_block(
     # All are scored as answers to the bare prompt: that is what the model will be asked.
     scores = scorer.score([[*prompts[i].token_ids, *sample.token_ids] for i, sample in zip(of, samples, strict=True)]).tolist()
     answers = [
-        {'preprompt': text, 'text': usable(sample), 'score': score}
+        {'preprompt': text, 'text': usable(sample), 'token_ids': sample.token_ids, 'score': score}
         for text, sample, score in zip(said, samples, scores, strict=True)
     ]
     return [
@@ -164,7 +163,8 @@ def write_kept(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         raise UserError('No answer under a preprompt scores higher than what the model says by itself.')
     lines = []
     for row, best in pairs:
-        messages = [*row['messages'], {'role': 'assistant', 'content': best['text']}]
+        answer = {'role': 'assistant', 'content': best['text'], 'token_ids': best['token_ids']}
+        messages = [*row['messages'], answer]
         about = {'preprompt': best['preprompt'], 'score': best['score'], 'original_score': row['original']['score']}
         lines.append(json.dumps({'messages': messages, **about}, ensure_ascii=False) + '\n')
     if is_main_process():

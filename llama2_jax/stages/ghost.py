@@ -8,12 +8,12 @@ import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import SEED, Config, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
 from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
 from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
@@ -24,6 +24,7 @@ from llama2_jax.model.engine import Engine, Request
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import sft
 from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
@@ -55,9 +56,10 @@ class GhostConfig(Config):
       judged: the last dialogs of the source, in which recall is measured before and after that.
     """
 
-    model: str = ''
-    dialogs: str = ''
-    constraints: str = ''
+    OVERWRITTEN: ClassVar = ('sft.init_from',)
+    model: LanguageModel = ''
+    dialogs: Annotated[str, Names('source', 'dialogs')] = ''
+    constraints: Annotated[str, Names('source', 'constraints', ('toy',))] = ''
     grader: str = 'mentions'
     samples: int = between(1, 1)
     count: int = 0
@@ -86,6 +88,7 @@ def run(config: GhostConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, the model, the dialogs or the constraints.
     """
+    check_inputs(config, 'model', 'dialogs')
     path, _ = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
     talks, judged = read_questions(config)
     engine = open_engine(config.model, config.batch_size, config.int8)
@@ -110,9 +113,6 @@ def read_questions(config: GhostConfig) -> tuple[list[tuple[str, ...]], list[tup
     Raises:
       UserError: there are too few.
     """
-    for name in ('model', 'dialogs'):
-        if not getattr(config, name):
-            raise UserError(f'{name} is missing: give it with --set {name}=….')
     rows = [dialog for _, dialog in read_dialogs(config.dialogs) if dialog]
     texts = [tuple(message['content'] for message in dialog if message['role'] == 'user') for dialog in rows]
     texts = [text for text in texts if len(text) > 1]
@@ -184,11 +184,19 @@ def write_cuts(config: GhostConfig, rows: Sequence[Mapping[str, Any]], path: Pat
 def cut(messages: Sequence[Mapping[str, Any]], turns: int) -> list[dict[str, Any]]:
     """The first turns of a dialog, of which every answer but the last one is read, not learned.
 
-    >>> [message.get('weight', 1) for message in cut(ghost_dialog(Talk('', (), ('Hi', 'So', 'Bye')), ('a', 'b', 'c')), 2)]
-    [1, 1, 0, 1, 1]
+    The last one is learned as the ids that were drawn. The others are read as text, as the model read them while sampling.
+
+    >>> messages = [{'role': 'assistant', 'content': text, 'token_ids': [i], 'weight': 0} for i, text in enumerate('abc')]
+    >>> cut([{'role': 'user', 'content': 'Hi'}, *messages], 1)  # doctest: +NORMALIZE_WHITESPACE
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'a', 'weight': 0},
+     {'role': 'assistant', 'content': 'b', 'token_ids': [1]}]
     """
     *before, last = messages[: 1 + 2 * turns]
-    return [*map(dict, before), {'role': last['role'], 'content': last['content']}]
+    return [*(_without(message, 'token_ids') for message in before), _without(last, 'weight')]
+
+
+def _without(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != name}
 
 
 class Plan(NamedTuple):
@@ -240,18 +248,18 @@ def sample_dialogs(config: GhostConfig, engine: Engine, grader: Grader, plans: l
     ]
 
 
-def ghost_dialog(talk: Talk, answers: Sequence[str]) -> list[dict[str, Any]]:
-    """The dialog to train on: instructions in the first turn alone, and every answer but the last one read, not learned.
+def ghost_dialog(talk: Talk, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The dialog with instructions in the first turn alone; every answer is read, not learned, until `cut` makes one the last.
 
-    >>> ghost_dialog(Talk('End: Sea.', (), ('Hi', 'Bye')), ('Sea!', 'Farewell. Sea!'))  # doctest: +NORMALIZE_WHITESPACE
-    [{'role': 'system', 'content': 'End: Sea.'},
-     {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Sea!', 'weight': 0},
-     {'role': 'user', 'content': 'Bye'}, {'role': 'assistant', 'content': 'Farewell. Sea!'}]
+    >>> answer = {'role': 'assistant', 'content': 'Sea!', 'token_ids': [7, 2]}
+    >>> ghost_dialog(Talk('End: Sea.', (), ('Hi',)), [answer])  # doctest: +NORMALIZE_WHITESPACE
+    [{'role': 'system', 'content': 'End: Sea.'}, {'role': 'user', 'content': 'Hi'},
+     {'role': 'assistant', 'content': 'Sea!', 'token_ids': [7, 2], 'weight': 0}]
     """
     messages: list[dict[str, Any]] = [{'role': 'system', 'content': talk.system}]
     for question, answer in zip(talk.questions, answers, strict=False):
-        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer, 'weight': 0}]
-    return cut(messages, len(answers))
+        messages += [{'role': 'user', 'content': question}, {**answer, 'weight': 0}]
+    return messages
 
 
 def measure(config: GhostConfig, model: str | Path, kinds: Kinds, questions: list[tuple[str, ...]]) -> dict[int, float]:

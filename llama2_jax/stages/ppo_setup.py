@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, tokenizer_of
+from llama2_jax.config import ModelConfig
+from llama2_jax.convert.load import load_model, load_score_model, open_model
+from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import PromptData
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.mesh import parameter_name, set_mesh
@@ -20,9 +21,9 @@ from llama2_jax.model.score import ScoreModel
 from llama2_jax.runtime import say
 from llama2_jax.stages.devices import check_mesh, describe_mesh
 from llama2_jax.stages.generate import open_scorer
+from llama2_jax.stages.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.stages.ppo_update import Learners, PPOConfig, Programs, build
 from llama2_jax.stages.rollout import Rewards, Rollout, by_oracle, open_rewards
-from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
@@ -77,15 +78,15 @@ def silent(value: ScoreModel) -> ScoreModel:
 
 def open_stage(config: PPOConfig, workdir: str) -> Stage:
     """Checks everything, opens the workdir, and lays the models out."""
-    named = {'init_from': config.init_from} | {
-        f'rewards.{name}': getattr(config.rewards, name) for name in ('helpfulness', 'safety')
-    }
-    for name, model in named.items():
-        check_given(name, model)
+    check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety')
+    check_judge(config)
+    models = {'init_from': config.init_from, 'rewards.helpfulness': config.rewards.helpfulness}
+    models |= {'rewards.safety': config.rewards.safety}
+    models |= {'judge': config.judge} if config.judge not in ('', 'oracle') else {}
+    tokenizer = common_tokenizer(models)
     mesh = set_mesh(config.mesh)
     source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
     check(config, source.config, value.config, mesh)
-    tokenizer = tokenizer_of(source)
     data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
     path, _ = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
     compute = config.compute.on(jax.default_backend())
@@ -96,7 +97,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
         config, path, mesh, data,
         engine=Engine(reference, tokenizer, batch_size=config.decode_batch, dtype=compute.dtype),
         rewards=rewards,
-        judge=make_judge(config, tokenizer),
+        judge=make_judge(config),
         programs=build(config, source.config, value.config, compute),
         reference=reference,
         dtype=compute.dtype,
@@ -105,16 +106,19 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
 
 def check(config: PPOConfig, model: ModelConfig, value: ModelConfig, mesh: Mesh) -> None:
     """Raises a UserError where models, mesh and config do not go together."""
-    for name, shape in (('init_from', model), ('value_from', value)):
-        if config.length > shape.context:
-            raise UserError(
-                f'prompts.longest={config.prompts.longest} and max_new_tokens={config.max_new_tokens} are more than the '
-                f'context of {name}, {shape.context}.'
-            )
+    shapes = ('init_from', model), ('value_from', value)
+    check_room(config.prompts.longest, config.max_new_tokens, shapes)
+    for _, shape in shapes:
         check_mesh(mesh, shape, config.minibatch_size, 1, config.length)
 
 
-def make_judge(config: PPOConfig, tokenizer: Tokenizer) -> Judge | None:
+def check_judge(config: PPOConfig) -> None:
+    """Raises a UserError where the oracle is to judge answers to prompts of another world than the toy one."""
+    if config.judge == 'oracle':
+        check_toy('judge=oracle', config.prompts.mixture, 'set judge= to nothing or to a reward model')
+
+
+def make_judge(config: PPOConfig) -> Judge | None:
     """Somebody who has no part in the reward: the toy world's oracle, another reward model, or nobody."""
     if not config.judge:
         return None
@@ -122,6 +126,4 @@ def make_judge(config: PPOConfig, tokenizer: Tokenizer) -> Judge | None:
         oracle = Oracle()
         return lambda rollouts: [by_oracle(oracle, rollout).quality for rollout in rollouts]
     scorer = open_scorer(config.judge, config.rewards.batch_size)
-    if scorer.tokenizer.model != tokenizer.model:
-        raise UserError(f'judge={config.judge} has another tokenizer than the policy.')
     return lambda rollouts: scorer.score([[*rollout.prompt.token_ids, *rollout.token_ids] for rollout in rollouts]).tolist()

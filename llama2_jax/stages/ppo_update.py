@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, Names, RewardModel, UserError, between
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig, replicate, reshard
 from llama2_jax.model.llama import Compute, Llama
@@ -55,8 +55,8 @@ class PPOConfig(Config):
       checkpoint_every: iterations; what was sampled since is kept besides, so that a kill loses updates alone.
     """
 
-    init_from: str = ''
-    value_from: str = ''
+    init_from: LanguageModel = ''
+    value_from: RewardModel = ''
     rewards: RewardsConfig = RewardsConfig()
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-6, final_lr=1.0, warmup_steps=0)
@@ -82,7 +82,7 @@ class PPOConfig(Config):
     eval_every: int = between(10, 1)
     eval_prompts: int = between(256, 1)
     patience: int = 0
-    judge: str = ''
+    judge: Annotated[str, Names('model', 'reward model', ('oracle',))] = ''
     alarms: Literal['warn', 'stop'] = 'warn'
     checkpoint_every: int = between(10, 1)
     keep_last: int = between(2, 1)

@@ -4,26 +4,36 @@ Offline, in files that people can read and that a run goes on from:
 
   temperature.json   mean best score at each temperature of the grid, and the one that was chosen
   samples/           every answer with both rewards, a file for some prompts
+  earlier/           the choices of the earlier rounds under the reward models of this one
   choices.jsonl      the best answer to each prompt, of this and of all earlier rounds, as dialogs
   rewards_by_n.*     max and median score by the number of samples, with a picture
   sft/               fine-tuning on the choices; its model becomes `model/`
 """
 
+import collections
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Annotated
 
 import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
-from llama2_jax.config import SEED, Config, UserError, between
-from llama2_jax.convert.load import check_given, open_model
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
+from llama2_jax.convert.load import open_model
+from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
-from llama2_jax.files import save_figure, write_atomically
+from llama2_jax.evals.talk import answered, usable
+from llama2_jax.files import save_figure, write_atomically, writing
+from llama2_jax.mesh import make_mesh
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate, sft
+from llama2_jax.stages.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.stages.rollout import (
     Rewards,
     RewardsConfig,
@@ -35,7 +45,6 @@ from llama2_jax.stages.rollout import (
     write_rollouts,
 )
 from llama2_jax.stages.sft import SftConfig
-from llama2_jax.text.dialog import has_special_tags
 from llama2_jax.train.workdir import no_space_is_said, open_run
 
 FILE_PROMPTS = 64  # in a file of samples
@@ -60,7 +69,7 @@ class RejectionConfig(Config):
         to train on besides the choices, perhaps nothing.
     """
 
-    sample_from: str = ''
+    sample_from: LanguageModel = ''
     rewards: RewardsConfig = RewardsConfig()
     prompts: PromptConfig = PromptConfig()
     count: int = 0
@@ -69,7 +78,7 @@ class RejectionConfig(Config):
     tune_prompts: int = between(64, 1)
     max_new_tokens: int = between(1024, 1)
     decode_batch: int = between(128, 1)
-    earlier: tuple[str, ...] = ()
+    earlier: tuple[Annotated[str, Names('file', 'choices.jsonl')], ...] = ()
     sft: SftConfig = SftConfig()
     seed: int = SEED
 
@@ -85,37 +94,67 @@ def run(config: RejectionConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    for name, model in (('sample_from', config.sample_from), ('sft.init_from', config.sft.init_from)):
-        check_given(name, model)
-    open_model(config.sft.init_from)
-    for earlier in config.earlier:
-        if not (Path(earlier) / 'choices.jsonl').exists():
-            raise UserError(f'earlier: {earlier} holds no choices.jsonl, so it is no round of rejection sampling that is done.')
+    check(config)
     path, _ = open_run(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft'), ('samples/*.jsonl', 'temperature.json'))
     if not (path / 'choices.jsonl').exists():
         sample_and_choose(config, path)
     sft.run_within(config.sft, path, path / 'choices.jsonl')
 
 
+def check(config: RejectionConfig) -> None:
+    """Raises a UserError for what would end the round later, perhaps after all sampling."""
+    check_inputs(config, 'sample_from', 'rewards.helpfulness', 'rewards.safety', 'sft.init_from')
+    models = {'sample_from': config.sample_from, 'sft.init_from': config.sft.init_from}
+    models |= {f'rewards.{name}': getattr(config.rewards, name) for name in ('helpfulness', 'safety')}
+    common_tokenizer(models)
+    shapes = {field: open_model(path).config for field, path in models.items()}
+    sft.check(config.sft, sft.extended(shapes.pop('sft.init_from'), config.sft), make_mesh(config.sft.mesh))
+    check_room(config.prompts.longest, config.max_new_tokens, shapes.items())
+    if config.sft.grade and 'toy:' not in config.prompts.mixture:
+        check_toy('sft.grade=true', config.prompts.mixture, 'set sft.grade=false')
+
+
 def sample_and_choose(config: RejectionConfig, path: Path) -> None:
-    """All files up to choices.jsonl."""
+    """All files up to choices.jsonl. One file of samples is in memory at a time, however many there are."""
     engine = generate.open_engine(config.sample_from, config.decode_batch)
     rewards = open_rewards(config.rewards, engine.tokenizer)
     data = PromptData(config.prompts, engine.tokenizer, batch_size=1, seed=config.seed)
     prompts = different(data.train, config.seed)[: config.count or None]
     temperature = tune(config, path, engine, rewards, data.heldout[: config.tune_prompts])
     say(f'{data}\n{config.samples} answers to each of {len(prompts):,} prompts at temperature {temperature}')
-    answers: list[list[Rollout]] = []
+    earlier, curve, counts = Earlier(config, path, rewards), RewardsByN(config.samples), collections.Counter()
     starts = range(0, len(prompts), FILE_PROMPTS)
-    for number, start in enumerate(tqdm(starts, unit='file', disable=not is_main_process())):
-        file = path / 'samples' / f'{number:05}.jsonl'
-        if not file.exists():
-            some = prompts[start : start + FILE_PROMPTS]
-            write_rollouts(file, draw(config, engine, rewards, some, temperature, f'{config.seed} {number}'))
-        rollouts = read_rollouts(file)
-        answers += [rollouts[i : i + config.samples] for i in range(0, len(rollouts), config.samples)]
-    write_rewards_by_n(answers, path)
-    write_choices(config, path, rewards, answers, pool(config, rewards))
+    with no_space_is_said(path), writing(path / 'choices.jsonl') if is_main_process() else contextlib.nullcontext() as write:
+        for number, start in enumerate(tqdm(starts, unit='file', disable=not is_main_process())):
+            file, some = path / 'samples' / f'{number:05}.jsonl', prompts[start : start + FILE_PROMPTS]
+            if not file.exists():
+                write_rollouts(file, draw(config, engine, rewards, some, temperature, f'{config.seed} {number}'))
+            if not is_main_process():
+                continue
+            rollouts = read_rollouts(file)
+            if len(rollouts) != len(some) * config.samples:
+                raise UserError(f'{file} is damaged (it has {len(rollouts)} answers): remove it, and they are sampled again.')
+            for i in range(0, len(rollouts), config.samples):
+                answers = rollouts[i : i + config.samples]
+                curve.add([answer.score for answer in answers])
+                best = max(filter(usable, answers), key=lambda answer: answer.score, default=None)
+                if best:
+                    older = earlier.better(best)
+                    counts[older is not None] += 1
+                    write(as_choice(older or best, bool(older)))
+        for rollout in earlier.left() if is_main_process() else ():
+            counts[True] += 1
+            write(as_choice(rollout, True))
+    if is_main_process() and not counts:
+        (path / 'choices.jsonl').unlink()
+    barrier('choices written')
+    if not (path / 'choices.jsonl').exists():
+        raise UserError(
+            f'None of the answers can be chosen: all were cut off at max_new_tokens={config.max_new_tokens}, or are no text.'
+        )
+    curve.write(path)
+    chosen = f'{counts.total():,} answers are chosen, {counts[True]:,} of them from earlier rounds'
+    say(f'{chosen}; {len(prompts):,} prompts were asked.')
 
 
 def draw(
@@ -142,59 +181,93 @@ def tune(config: RejectionConfig, path: Path, engine: Engine, rewards: Rewards, 
     return json.loads(file.read_text())['chosen']
 
 
-def pool(config: RejectionConfig, rewards: Rewards) -> list[Rollout]:
-    """The choices of the earlier rounds under today's reward models: without them later models forgot how to rhyme (p15)."""
-    files = [Path(earlier) / 'choices.jsonl' for earlier in config.earlier]
-    return rewards((rollout.prompt, rollout) for file in files for rollout, _ in read_choices(file))
+class Earlier:
+    """The choices of the earlier rounds under today's reward models: without them later models forgot how to rhyme (p15).
+
+    The rollouts lie in WORKDIR/earlier; in memory, and of the main process alone, is the place of the best one to each prompt.
+    """
+
+    def __init__(self, config: RejectionConfig, path: Path, rewards: Rewards):
+        self._home, self._read = path / 'earlier', (-1, [])
+        self._best: dict[bytes, tuple[float, int, int]] = {}  # prompt -> score, file, line
+        choices = (rollout for earlier in config.earlier for rollout, _ in read_choices(Path(earlier) / 'choices.jsonl'))
+        for number, some in enumerate(iter(lambda: list(islice(choices, FILE_PROMPTS)), [])):
+            file = self._file(number)
+            if not file.exists():
+                write_rollouts(file, rewards((rollout.prompt, rollout) for rollout in some))
+            for line, rollout in enumerate(read_rollouts(file)) if is_main_process() else ():
+                key = _digest(rollout.prompt)
+                if usable(rollout) and (key not in self._best or rollout.score > self._best[key][0]):
+                    self._best[key] = rollout.score, number, line
+
+    def better(self, ours: Rollout) -> Rollout | None:
+        """An earlier round's answer to the same prompt with a higher score; it is asked once for each prompt."""
+        score, *place = self._best.pop(_digest(ours.prompt), (-np.inf, 0, 0))
+        return self._at(*place) if score > ours.score else None
+
+    def left(self) -> Iterator[Rollout]:
+        """The answers to prompts that were not asked for."""
+        return (self._at(number, line) for _, number, line in self._best.values())
+
+    def _at(self, number: int, line: int) -> Rollout:
+        if self._read[0] != number:
+            self._read = number, self._file(number).read_text(encoding='utf-8').split('\n')
+        return from_json(json.loads(self._read[1][line]))
+
+    def _file(self, number: int) -> Path:
+        return self._home / f'{number:05}.jsonl'
 
 
-def write_choices(
-    config: RejectionConfig, path: Path, rewards: Rewards, answers: Sequence[Sequence[Rollout]], earlier: Sequence[Rollout]
-) -> None:
-    """The best answer to every prompt, ours or an earlier round's, that ended by itself and can be written as a dialog."""
-    best: dict[str, tuple[Rollout, str]] = {}
-    candidates = [(rollout, 'this round') for rollouts in answers for rollout in rollouts]
-    for rollout, source in [*candidates, *((rollout, 'an earlier round') for rollout in earlier)]:
-        answer = {'role': 'assistant', 'content': rollout.text.strip()}
-        if rollout.ended and answer['content'] and not has_special_tags([answer]):
-            key = json.dumps(rollout.prompt.messages)
-            if key not in best or rollout.score > best[key][0].score:
-                best[key] = rollout, source
-    if not best:
-        raise UserError(f'None of the answers ended by itself within max_new_tokens={config.max_new_tokens}.')
-    lines = []
-    for rollout, source in best.values():
-        messages = [*rollout.prompt.messages, {'role': 'assistant', 'content': rollout.text.strip()}]
-        lines.append(
-            json.dumps({'messages': messages, 'chosen_from': source, 'rollout': dataclasses.asdict(rollout)}, ensure_ascii=False)
-        )
-    _write(path / 'choices.jsonl', '\n'.join(lines) + '\n')
-    old = sum(source == 'an earlier round' for _, source in best.values())
-    say(f'{len(best):,} answers are chosen, {old:,} of them from earlier rounds; {len(answers):,} prompts were asked.')
+def _digest(prompt: Prompt) -> bytes:
+    return hashlib.blake2b(json.dumps(prompt.messages).encode(), digest_size=16).digest()
 
 
-def read_choices(file: Path) -> list[tuple[Rollout, str]]:
+def as_choice(rollout: Rollout, is_earlier: bool) -> str:
+    """A line of choices.jsonl: a dialog to fine-tune on, the drawn ids in it, and the rollout as it was."""
+    row = {'messages': [*rollout.prompt.messages, answered(rollout)]}
+    row |= {'chosen_from': 'an earlier round' if is_earlier else 'this round', 'rollout': dataclasses.asdict(rollout)}
+    return json.dumps(row, ensure_ascii=False) + '\n'
+
+
+def read_choices(file: Path) -> Iterator[tuple[Rollout, str]]:
     """The rollouts of a choices.jsonl, and where each is from."""
-    lines = [json.loads(line) for line in file.read_text(encoding='utf-8').split('\n')[:-1]]
-    return [(from_json(line['rollout']), line['chosen_from']) for line in lines]
+    with file.open('rb') as lines:
+        for line in map(json.loads, lines):
+            yield from_json(line['rollout']), line['chosen_from']
 
 
-def rewards_by_n(answers: Sequence[Sequence[Rollout]]) -> list[dict[str, float]]:
-    """Of the first N samples of each prompt, the mean over prompts of their highest and of their median score (Figure 7)."""
-    scores = np.array([[rollout.score for rollout in rollouts] for rollouts in answers])
-    return [
-        {'n': n, 'max': float(scores[:, :n].max(axis=1).mean()), 'median': float(np.median(scores[:, :n], axis=1).mean())}
-        for n in range(1, scores.shape[1] + 1)
-    ]
+class RewardsByN:
+    """Of the first N samples of each prompt, the mean over prompts of their highest and of their median score (Figure 7).
 
+    >>> curve = RewardsByN(2)
+    >>> curve.add([1.0, 3.0])
+    >>> curve.add([4.0, 0.0])
+    >>> curve.rows()
+    [{'n': 1, 'max': 2.5, 'median': 2.5}, {'n': 2, 'max': 3.5, 'median': 2.0}]
+    """
 
-def write_rewards_by_n(answers: Sequence[Sequence[Rollout]], path: Path) -> None:
-    """rewards_by_n.json and .png."""
-    from matplotlib.figure import Figure
+    def __init__(self, samples: int):
+        self._sums, self._prompts = np.zeros((2, samples)), 0
 
-    table = rewards_by_n(answers)
-    _write(path / 'rewards_by_n.json', json.dumps(table, indent=2) + '\n')
-    if is_main_process():
+    def add(self, scores: Sequence[float]) -> None:
+        """The scores of a prompt's answers, in the order in which they were drawn."""
+        medians = [np.median(scores[:n]) for n in range(1, len(scores) + 1)]
+        self._sums += [np.maximum.accumulate(scores), medians]
+        self._prompts += 1
+
+    def rows(self) -> list[dict[str, float]]:
+        """{'n', 'max', 'median'} for each N."""
+        best, median = (self._sums / self._prompts).tolist()
+        return [{'n': n, 'max': best[n - 1], 'median': median[n - 1]} for n in range(1, len(best) + 1)]
+
+    def write(self, path: Path) -> None:
+        """Writes rewards_by_n.json and .png, from the main process."""
+        from matplotlib.figure import Figure
+
+        if not is_main_process():
+            return
+        table = self.rows()
+        write_atomically(path / 'rewards_by_n.json', json.dumps(table, indent=2) + '\n')
         figure = Figure(figsize=(8, 5))
         axes = figure.add_subplot(xlabel='samples N', ylabel='score, mean over prompts')
         for name in ('max', 'median'):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from etils.epath import Path
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
-from llama2_jax.convert.load import check_given, load_model, load_score_model, open_model, shape_of, tokenizer_of
+from llama2_jax.config import SEED, AnyModel, Config, ModelConfig, Names, UserError, between
+from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
-from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
+from llama2_jax.data.preferences import UNKNOWN, PreferenceConfig, PreferenceData
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.evals.measure import wilson
 from llama2_jax.files import write_atomically
@@ -27,6 +27,7 @@ from llama2_jax.model.scorer import Scorer
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages.devices import check_mesh, describe_mesh, device_batches, to_mesh
+from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.text.dialog import encode_dialog
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
@@ -58,7 +59,7 @@ class RewardConfig(Config):
       eval_batches: of held-out pairs, for each source, at each evaluation; 0: all of them.
     """
 
-    init_from: str = ''
+    init_from: AnyModel = ''
     data: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-5, warmup_steps=5, warmup_share=0.03)
     compute: Compute = Compute()
@@ -67,7 +68,7 @@ class RewardConfig(Config):
     margin: Literal['none', 'small', 'large'] = 'small'
     safety_weight: float = 0.0
     center: bool = True
-    reference: str = ''
+    reference: Annotated[str, Names('source', 'dialogs')] = ''
     batch_size: int = between(512, 1)
     length: int = between(8192, 1)
     accumulation: int = between(1, 1)
@@ -81,7 +82,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
     """
-    check_given('init_from', config.init_from)
+    check_inputs(config, 'init_from')
     mesh = set_mesh(config.mesh)
     source = open_model(config.init_from)
     shards = check(config, source.config, mesh)
@@ -98,6 +99,7 @@ def run(config: RewardConfig, workdir: str) -> State:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    check_labels(config, data)
     say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
     if not started and is_main_process():
         write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
@@ -162,6 +164,16 @@ def check(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> int:
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * config.accumulation
     check_mesh(mesh, model, shards, config.accumulation, config.length)
     return shards
+
+
+def check_labels(config: RewardConfig, data: PreferenceData) -> None:
+    """Raises a UserError where the auxiliary loss is asked for and no pair says which of its answers is safe."""
+    pairs = (pair for source in data.sources for record in source.records for pair in record)
+    if config.safety_weight and all(pair.safe == (UNKNOWN, UNKNOWN) for pair in pairs):
+        raise UserError(
+            f'safety_weight={config.safety_weight} has nothing to learn from: no pair of {config.data.mixture} has chosen_safe '
+            'or rejected_safe. Add these labels, or set safety_weight=0.'
+        )
 
 
 def flops_per_token(config: RewardConfig, model: ModelConfig) -> float:

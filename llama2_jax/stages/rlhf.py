@@ -11,11 +11,12 @@ from that (rm-help/) before it judges the next step. Where raters are people, th
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import SEED, Config, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
 from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
@@ -61,15 +62,19 @@ class RlhfConfig(Config):
       evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
     """
 
-    init_from: str = ''
-    base: str = ''
+    OVERWRITTEN: ClassVar = (
+        *('rejection.sample_from', 'rejection.rewards', 'rejection.earlier', 'rejection.sft.init_from'),
+        *('ppo.init_from', 'ppo.rewards', 'collect.models', 'reward.init_from', 'reward.data'),
+    )
+    init_from: LanguageModel = ''
+    base: LanguageModel = ''
     rewards: RewardsConfig = RewardsConfig()
     versions: int = between(5, 1)
     rejection: RejectionConfig = RejectionConfig()
     ppo: PPOConfig = PPOConfig()
     collect: CollectConfig = CollectConfig()
     reward: RewardConfig = RewardConfig()
-    evaluation: str = 'toy:heldout'
+    evaluation: Annotated[str, Names('source', 'prompts')] = 'toy:heldout'
     seed: int = SEED
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import Config, UserError, between
+from llama2_jax.config import Config, RewardModel, UserError, between
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.toy import Verdict, verdict
@@ -38,8 +38,8 @@ class RewardsConfig(Config):
       batch_size: answers that are scored at a time.
     """
 
-    helpfulness: str = ''
-    safety: str = ''
+    helpfulness: RewardModel = ''
+    safety: RewardModel = ''
     threshold: float = between(0.15, 1e-6, 1 - 1e-6)
     missing_eos_penalty: float = 1.0
     batch_size: int = between(64, 1)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
-from llama2_jax.convert.load import check_given, load_model, open_model, shape_of, tokenizer_of
+from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, UserError, between
+from llama2_jax.convert.load import load_model, open_model, shape_of, tokenizer_of
 from llama2_jax.convert.orbax import is_saved, save_model
 from llama2_jax.convert.peft import write_peft
 from llama2_jax.data.dialogs import DialogConfig, DialogData
@@ -27,6 +27,7 @@ from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.frozen import load_frozen, merge_on_host
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
+from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ class SftConfig(Config):
       grade: answers the toy world's held-out questions at each evaluation.
     """
 
-    init_from: str = ''
+    init_from: LanguageModel = ''
     data: DialogConfig = DialogConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=2e-5, warmup_steps=0, warmup_share=0.03)
     compute: Compute = Compute()
@@ -89,7 +90,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     Raises:
       UserError: any mistake in the config, the model, the data or the workdir.
     """
-    check_given('init_from', config.init_from)
+    check_inputs(config, 'init_from')
     mesh = set_mesh(config.mesh)
     source = open_model(config.init_from)
     model = extended(source.config, config)

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Annotated
 
 from etils.epath import Path
 
 from llama2_jax import runtime
-from llama2_jax.config import Config, UserError, between
+from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.convert.orbax import check_vocabulary
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
@@ -21,7 +22,7 @@ SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
 class TokenizerConfig(Config):
     """What to train on and how many pieces to learn; everything else is as in LLaMA 2's own model (recipe B)."""
 
-    source: str = 'toy:documents'  # one source, or several by commas; each is read once
+    source: Annotated[str, Names('mixture', 'documents')] = 'toy:documents'  # one source, or several by commas; each is read once
     vocab_size: int = between(1024, 260, 2**20)  # the 259 of <unk>, <s>, </s> and the bytes included
     max_sentences: int = between(1_000_000, 101, 2**31 - 1)  # of more lines than this a random sample is used
 

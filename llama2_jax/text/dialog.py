@@ -6,7 +6,8 @@ ids equal those of Meta's `chat_completion`, which encodes each pair in one call
 answer is the one that Meta writes there, and no piece has a space inside.
 
 A message is {'role': 'system' | 'user' | 'assistant', 'content': text}. An assistant's may have a 'weight' of 0 or 1 (as in
-OpenAI's fine-tuning format): 0 for an answer that is read, but not learned.
+OpenAI's fine-tuning format): 0 for an answer that is read, but not learned. An answer that a model drew has its 'token_ids' too,
+EOS included: these are trained on, as the same text may be encoded in other ways than the one that was drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,12 +44,20 @@ def check_dialog(messages: Messages, where: str) -> None:
             raise UserError(f'{where}: messages[{i}] ({role}) has {"no text" if content else "empty"} content.')
         if message.get('weight', 1) not in ((0, 1) if role == 'assistant' else (1,)):
             raise UserError(f'{where}: messages[{i}] ({role}) has weight {message["weight"]!r}; an assistant may have 0 or 1.')
+        if message.get('token_ids') is not None and (role != 'assistant' or not _are_ids(message['token_ids'])):
+            raise UserError(
+                f'{where}: messages[{i}] ({role}): token_ids are a list of whole numbers, and only an assistant has them.'
+            )
         system = messages[0]['role'] == 'system'
         due = 'system' if system and i == 0 else ROLES[1 + (i - system) % 2]
         if role != due:
             raise UserError(f'{where}: messages[{i}] has the role {role!r} where {due!r} is due.')
     if messages[-1]['role'] == 'system':
         raise UserError(f'{where}: there is nothing after the system message.')
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(type(token) is int for token in value)
 
 
 def has_special_tags(messages: Messages) -> bool:
@@ -68,7 +77,7 @@ def encode_prompt(messages: Messages, tokenizer: Tokenizer, where: str = 'The di
     check_dialog(messages, where)
     if messages[-1]['role'] != 'user':
         raise UserError(f'{where}: the last message of a prompt must be from the user.')
-    return [token for part in _encode(messages, tokenizer) for token in part]
+    return [token for part in _encode(messages, tokenizer, where) for token in part]
 
 
 def encode_dialog(messages: Messages, tokenizer: Tokenizer, where: str = 'The dialog') -> tuple[list[int], list[bool]]:
@@ -89,7 +98,7 @@ def encode_dialog(messages: Messages, tokenizer: Tokenizer, where: str = 'The di
     answers = [message.get('weight', 1) == 1 for message in messages if message['role'] == 'assistant']
     ids: list[int] = []
     trained: list[bool] = []
-    for i, part in enumerate(_encode(messages, tokenizer)):
+    for i, part in enumerate(_encode(messages, tokenizer, where)):
         ids += part
         trained += len(part) * [i % 2 == 1 and answers[i // 2]]
     return ids, trained
@@ -127,7 +136,7 @@ def cut_dialog(messages: Messages, tokenizer: Tokenizer, room: int) -> Messages 
     return messages[: system + 2 * turns] if turns else None
 
 
-def _encode(messages: Messages, tokenizer: Tokenizer) -> list[list[int]]:
+def _encode(messages: Messages, tokenizer: Tokenizer, where: str = 'The dialog') -> list[list[int]]:
     """The ids of each question and answer by turns; the system message is folded into the first question."""
     if messages[0]['role'] == 'system':
         first = f'<<SYS>>\n{messages[0]["content"]}\n<</SYS>>\n\n{messages[1]["content"]}'
@@ -135,6 +144,22 @@ def _encode(messages: Messages, tokenizer: Tokenizer) -> list[list[int]]:
     return [
         tokenizer.encode(f'[INST] {message["content"].strip()} [/INST]', bos=True, eos=False)
         if message['role'] == 'user'
-        else tokenizer.encode(f'{message["content"].strip()} ', bos=False, eos=True)
+        else _answer(message, tokenizer, where)
         for message in messages
     ]
+
+
+def _answer(message: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+    """The ids of an answer with its EOS: those that were drawn, where the message has them."""
+    drawn = message.get('token_ids')
+    if drawn is None:
+        return tokenizer.encode(f'{message["content"].strip()} ', bos=False, eos=True)
+    known = all(0 <= token < tokenizer.vocab_size for token in drawn)
+    if not known or drawn[-1] != tokenizer.eos_id or tokenizer.eos_id in drawn[:-1]:
+        raise UserError(f'{where}: token_ids of an answer are ids of {tokenizer.path} and end with the only EOS.')
+    if tokenizer.decode(drawn).strip() != message['content'].strip():
+        raise UserError(
+            f'{where}: token_ids of an answer are not its content in the tokenizer {tokenizer.path}: they were drawn with '
+            'another tokenizer, or the content has been edited. Remove token_ids to train on the content.'
+        )
+    return list(drawn)

@@ -20,7 +20,7 @@ class OptimizerConfig(Config):
       peak_lr: 3.0e-4 for 7B and 13B, 1.5e-4 for 34B and 70B (p6 Table 1).
       final_lr: what the cosine ends at, as a share of the peak.
       warmup_steps: linear from 0.
-      warmup_share: of the run, where that is more steps.
+      warmup_share: of the run, where that is more steps; a run of one step has none.
       clip: the global norm above which gradients are scaled down.
     """
 
@@ -41,7 +41,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Raises:
       UserError: if warm-up takes the whole run.
     """
-    warmup = max(config.warmup_steps, math.ceil(config.warmup_share * steps))
+    warmup = max(config.warmup_steps, min(math.ceil(config.warmup_share * steps), steps - 1))
     if warmup >= steps:
         raise UserError(f'optimizer.warmup_steps={warmup} must be less than the {steps} steps of the run.')
     return optax.warmup_cosine_decay_schedule(

@@ -1,11 +1,22 @@
 """What several stages' tests need around them; a file asks for it by `pytestmark = pytest.mark.usefixtures(…)`."""
 
+from collections import namedtuple
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from random_policy import DEVICES
 
 from llama2_jax.mesh import MeshConfig, make_mesh
+from llama2_jax.stages import inputs
+
+
+@pytest.fixture
+def any_name(monkeypatch):
+    """Every name is that of a model, `s` of a reward model; all have one tokenizer."""
+    source, kept = namedtuple('Source', 'head'), namedtuple('Kept', 'model')
+    monkeypatch.setattr(inputs, 'open_model', lambda name: source('score_D' if name == 's' else 'head_DV'))
+    monkeypatch.setattr(inputs, 'tokenizer_of', lambda _: kept(b''))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class Fake:
 
 
 @pytest.fixture
-def run(tokenizer, tmp_path, monkeypatch):
+def run(tokenizer, tmp_path, monkeypatch, any_name):
     def start(**changes):
         asked = collections.Counter()
         monkeypatch.setattr(collect, 'open_engine', lambda name, _: Fake(name, tokenizer, asked))
@@ -86,11 +86,11 @@ def test_people_get_answers_only(run):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'models': ()}, 'models is missing'),
+        ({'models': ()}, 'models= names no model'),
         ({'prompts': ''}, 'prompts is missing'),
         ({'samples': 1}, 'samples is 1'),
         ({'temperatures': ()}, 'temperatures is empty'),
-        ({'prompts': 'jsonl:p.jsonl'}, 'raters=helpfulness know the toy world only'),
+        ({'prompts': 'jsonl:p.jsonl'}, 'raters=helpfulness knows the toy world only'),
     ],
 )
 def test_mistakes(run, changes, message):

@@ -50,7 +50,7 @@ class Fake:
 
 
 @pytest.fixture
-def run(tokenizer, tmp_path, monkeypatch):
+def run(tokenizer, tmp_path, monkeypatch, any_name):
     (tmp_path / 'p.jsonl').write_text('\n'.join(map(json.dumps, PROMPTS)))
 
     def start(workdir='out', **changes):
@@ -110,8 +110,8 @@ def test_what_is_refused(run, tmp_path):
     (tmp_path / 't.jsonl').write_text('{"category": "theft"}')
     (tmp_path / 'plain.jsonl').write_text(json.dumps(PROMPTS[0]))
     for changes, message in (
-        ({'model': ''}, 'model is missing'),
-        ({'safety': ''}, 'safety is missing'),
+        ({'model': ''}, 'model= names no model'),
+        ({'safety': ''}, 'safety= names no model'),
         ({'samples': 0}, 'samples is 0'),
         ({'templates': f'jsonl:{tmp_path}/t.jsonl'}, r't\.jsonl:1 is no template'),
         ({'prompts': f'jsonl:{tmp_path}/plain.jsonl'}, "no adversarial prompts: rows with 'is_safety': true"),

@@ -17,7 +17,7 @@ from llama2_jax.evals.ghost import Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
 from llama2_jax.model.engine import Sample
 from llama2_jax.stages import ghost
-from llama2_jax.stages.ghost import GhostConfig, ghost_dialog, plan
+from llama2_jax.stages.ghost import GhostConfig, cut, ghost_dialog, plan
 from llama2_jax.text.tokenizer import train_tokenizer
 
 TALKS = [tuple(f'Question {i} {turn}?' for turn in range(20)) for i in range(40)]
@@ -49,7 +49,11 @@ class Fake:
             text = self.tokenizer.decode(list(request.token_ids))
             turns = [turn.partition('[/INST]')[0].strip() for turn in text.split('[INST]')[1:]]
             text, reason = self.answer(turns, request.seed)
-            yield [Sample(' ' + text, [2], [0.0], reason)]
+            yield [Sample(' ' + text, self.drawn(text), [0.0], reason)]
+
+    def drawn(self, text):
+        """Ids of a text that encoding it would not give: byte by byte."""
+        return [3 + byte for byte in text.encode()] + [2]
 
 
 def told(turn):
@@ -84,9 +88,10 @@ def test_recall_tells_them_apart(tokenizer):
 
 
 def test_a_dialog_ends_where_nothing_can_follow(tokenizer):
-    for bad in (('', 'eos'), ('cut off', 'length'), ('a [INST] b', 'eos')):
+    for bad in (('', 'eos'), ('cut off', 'length'), ('a [INST] b', 'eos'), ('half a \ufffd', 'eos')):
         engine = Fake(tokenizer, lambda turns, _, bad=bad: bad if len(turns) == 3 else (ANSWER, 'eos'))
-        assert hold(engine, [TALKS[0], TALKS[1][:2]], max_new_tokens=8) == [[ANSWER] * 2, [ANSWER] * 2]
+        answer = {'role': 'assistant', 'content': ANSWER, 'token_ids': engine.drawn(ANSWER)}
+        assert hold(engine, [TALKS[0], TALKS[1][:2]], max_new_tokens=8) == [[answer] * 2, [answer] * 2]
         assert engine.asked == 5
     talk = Talk('End: Sea.', (Instruction('word', 'Sea'),), TALKS[0][:4])
     engine = Fake(tokenizer, lambda turns, _: ('Sea!' if len(turns) < 3 else '', 'eos'))
@@ -116,18 +121,18 @@ def test_plans():
 
 def test_only_the_last_answer_is_learned(tokenizer):
     talk = Talk('End: Sea.', (), ('Hi', 'Bye', 'Well?'))
-    messages = ghost_dialog(talk, ['Sea!', 'Farewell. Sea!'])
-    assert messages == [
+    answers = [{'role': 'assistant', 'content': text, 'token_ids': [i]} for i, text in enumerate(('Sea!', 'Farewell. Sea!'))]
+    assert cut(ghost_dialog(talk, answers), 2) == [
         {'role': 'system', 'content': 'End: Sea.'},
         {'role': 'user', 'content': 'Hi'},
         {'role': 'assistant', 'content': 'Sea!', 'weight': 0},
         {'role': 'user', 'content': 'Bye'},
-        {'role': 'assistant', 'content': 'Farewell. Sea!'},
+        {'role': 'assistant', 'content': 'Farewell. Sea!', 'token_ids': [1]},
     ]
 
 
 @pytest.fixture
-def run(tokenizer, tmp_path, monkeypatch):
+def run(tokenizer, tmp_path, monkeypatch, any_name):
     """Runs the stage with a fake engine; returns the rows that it wrote and the engine."""
     dialog = [{'role': role, 'content': text} for text in TALKS[0] for role, text in (('user', text), ('assistant', 'x'))]
     lines = [
@@ -162,6 +167,14 @@ def test_the_data_set(run, tokenizer, tmp_path, capsys):
     data = DialogData(DialogConfig(source, heldout=0), tokenizer, length=2400, batch_size=2, seed=0)
     assert (data.sources[0].dialogs, data.sources[0].dropped) == (30, 0)
     assert data.sources[0].trained_share < 0.25
+    drawn = [[3 + byte for byte in row['messages'][-1]['content'].encode()] + [2] for row in rows]
+    trained = [
+        tokens[learned & (segments == segment)].tolist()
+        for batch in data.train()
+        for tokens, learned, segments in zip(batch['tokens'], batch['trained'], batch['segment_ids'], strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+    assert sorted(trained) == sorted(drawn * 2)  # epochs; the ids that were drawn, not those of their text
 
 
 def test_cuts_of_the_same_dialogs(run):
@@ -202,7 +215,7 @@ def test_where_no_answer_obeys_a_dialog_ends(run):
 
 def test_what_is_refused(run):
     for changes, message in (
-        ({'model': ''}, 'model is missing'),
+        ({'model': ''}, 'model= names no model'),
         ({'dialogs': ''}, 'dialogs is missing'),
         ({'turns': 1}, 'turns is 1'),
         ({'terse_share': 2.0}, 'terse_share is 2.0'),

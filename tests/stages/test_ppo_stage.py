@@ -251,7 +251,7 @@ def test_answers_beside_each_other_need_no_value_model(home, tmp_path, monkeypat
         ({'samples': 3}, 'batch_size=16 is not a multiple of samples=3'),
         ({'advantages': 'grpo'}, 'advantages=grpo compares answers to a prompt: samples must be at least 2'),
         ({'max_new_tokens': 40}, r'prompts.longest=40 and max_new_tokens=40 are more than the context of init_from, 64'),
-        ({'init_from': 'help'}, 'help is a reward model: it gives scores, not next tokens'),
+        ({'init_from': 'help'}, r'init_from=.*help: this is a reward model; give a language model'),
         (
             {'prompts': PromptConfig(mixture='toy:dialogs', longest=40)},
             'toy:dialogs record 0: the last message of a prompt must be',

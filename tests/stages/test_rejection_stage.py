@@ -8,13 +8,15 @@ import pytest
 from random_policy import make_home
 
 from llama2_jax.config import UserError
-from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.prompts import Prompt, PromptConfig
+from llama2_jax.evals.talk import usable
 from llama2_jax.stages import rejection
 from llama2_jax.stages.alarms import alarms
-from llama2_jax.stages.rejection import RejectionConfig, read_choices, rewards_by_n
+from llama2_jax.stages.rejection import RejectionConfig, RewardsByN, read_choices
 from llama2_jax.stages.rollout import RewardsConfig, Rollout, read_rollouts, write_rollouts
 from llama2_jax.stages.sft import SftConfig
+from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
@@ -69,10 +71,23 @@ def test_a_round_and_another_that_remembers_it(home, tmp_path, monkeypatch):
     for rollout in rollouts:
         by_prompt.setdefault(json.dumps(rollout.prompt.messages), []).append(rollout)
     assert len(by_prompt) < len(QUESTIONS) and all(len(group) == 4 for group in by_prompt.values())  # each different one once
-    choices = read_choices(first / 'choices.jsonl')
+    choices = list(read_choices(first / 'choices.jsonl'))
     for rollout, source in choices:
-        group = [one for one in by_prompt[json.dumps(rollout.prompt.messages)] if one.ended and one.text.strip()]
+        group = [one for one in by_prompt[json.dumps(rollout.prompt.messages)] if usable(one)]
         assert rollout.score == max(one.score for one in group) and source == 'this round'
+    # What was drawn is trained on, also where the same text would be encoded otherwise; what is no text is not chosen.
+    tokenizer = Tokenizer(home / 'tokenizer.model')
+    data = DialogData(DialogConfig(f'jsonl:{first}/choices.jsonl', heldout=0.0), tokenizer, length=63, batch_size=1, seed=0)
+    trained = [
+        batch['tokens'][0][batch['trained'][0] & (batch['segment_ids'][0] == segment)].tolist()
+        for batch in data.train()
+        for segment in range(1, batch['segment_ids'].max() + 1)
+    ]
+    assert sorted(trained) == sorted([rollout.token_ids for rollout, _ in choices] * 2)
+    again = [tokenizer.encode(f'{rollout.text.strip()} ', bos=False, eos=True) for rollout, _ in choices]
+    assert any(ids != rollout.token_ids for ids, (rollout, _) in zip(again, choices, strict=True))
+    assert any('\ufffd' in rollout.text for rollout in rollouts) and not any('\ufffd' in one.text for one, _ in choices)
+
     table = json.loads((first / 'rewards_by_n.json').read_text())
     scores = np.array([[one.score for one in group] for group in by_prompt.values()])
     assert [row['n'] for row in table] == [1, 2, 3, 4]
@@ -95,7 +110,7 @@ def test_a_round_and_another_that_remembers_it(home, tmp_path, monkeypatch):
     assert [one.token_ids for one, _ in read_choices(first / 'choices.jsonl')] == [one.token_ids for one, _ in choices]
 
     rejection.run(dataclasses.replace(some, earlier=(str(first),), temperatures=(0.5,), count=3, seed=1), tmp_path / 'v2')
-    second = read_choices(tmp_path / 'v2/choices.jsonl')
+    second = list(read_choices(tmp_path / 'v2/choices.jsonl'))
     assert 'an earlier round' in {source for _, source in second}
     before = {json.dumps(rollout.prompt.messages): rollout.score for rollout, _ in choices}
     assert len(second) >= len(before)
@@ -107,8 +122,8 @@ def test_a_round_and_another_that_remembers_it(home, tmp_path, monkeypatch):
     ('changes', 'message'),
     [
         ({'sample_from': '70b'}, 'sample_from=70b is a size, which is enough for --dry_run only: give a model directory'),
-        ({'earlier': ('nowhere',)}, 'earlier: nowhere holds no choices.jsonl'),
-        ({'rewards': RewardsConfig(helpfulness='policy', safety='safe')}, 'is a language model'),
+        ({'earlier': ('nowhere',)}, 'earlier=nowhere: there is no choices.jsonl'),
+        ({'rewards': RewardsConfig(helpfulness='policy', safety='safe')}, r'rewards\.helpfulness=.*language model'),
     ],
 )
 def test_mistakes_are_named(home, tmp_path, changes, message):
@@ -133,8 +148,10 @@ def test_a_file_of_rollouts_is_read_exactly(tmp_path):
 
 
 def test_rewards_by_n_by_hand():
-    answers = [[rollout(score) for score in scores] for scores in ([1, 3, 2], [4, 0, 8])]
-    assert rewards_by_n(answers) == [
+    curve = RewardsByN(3)
+    curve.add([1, 3, 2])
+    curve.add([4, 0, 8])
+    assert curve.rows() == [
         {'n': 1, 'max': 2.5, 'median': 2.5},
         {'n': 2, 'max': 3.5, 'median': 2.0},
         {'n': 3, 'max': 5.5, 'median': 3.0},

@@ -91,6 +91,25 @@ def test_answers_of_weight_0_are_read_but_not_learned():
     assert spell(i for i, t in zip(ids, trained, strict=True) if t) == ' See you. </s>'
 
 
+def test_drawn_ids_are_trained_on(llama2):
+    drawn = [29871, 15043, 29991, 2]  # as 7B-chat answers; encoding its text gives 15043 29991 29871 2
+    messages = [*dialog('Hi'), {'role': 'assistant', 'content': 'Hello!', 'token_ids': drawn}]
+    ids, trained = encode_dialog(messages, llama2)
+    assert [i for i, t in zip(ids, trained, strict=True) if t] == drawn
+    assert encode_prompt([*messages, *dialog('Bye')], llama2)[9:13] == drawn
+    assert cut_dialog([*messages, *dialog('Bye', 'So long')], llama2, 13) == messages
+    for changes, named in (
+        ({'content': 'Hello?'}, 'row 3: token_ids .* are not its content'),
+        ({'token_ids': [15043, 29991]}, 'row 3: token_ids .* end with the only EOS'),
+        ({'token_ids': [15043, 2, 29991, 2]}, 'row 3: token_ids .* end with the only EOS'),
+        ({'token_ids': [32000, 2]}, 'row 3: token_ids of an answer are ids of'),
+        ({'token_ids': '15043'}, r'row 3: messages\[1\] \(assistant\): token_ids'),
+        ({'token_ids': [True]}, r'row 3: messages\[1\] \(assistant\): token_ids'),
+    ):
+        with pytest.raises(UserError, match=named):
+            encode_dialog([messages[0], messages[1] | changes], llama2, 'row 3')
+
+
 def test_metas_vector(llama2):
     golden = (
         '1 518 25580 29962 3532 14816 29903 6778 13 3629 11473 29889 13 29966 829 14816 29903 6778 13 13 18567 518 29914 25580 '
