@@ -15,7 +15,7 @@ _COMMAND = re.compile(r'\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)
 _BOX = re.compile(r'\\f?box(?:ed)?\s*\{([^{}]*)\}')
 _MARKUP = re.compile(r'\*\*|__|`|\\[()\[\]]|\$(?!\s?\.?\d)')
 _NEW_QUESTION = re.compile(r'\n\s*(?:Q|Question|Problem)(?: \d+)?:')
-STATED = re.compile(
+_STATED = re.compile(
     r'\b(?:answer|(?:correct|right|best) (?:option|choice))(?: (?:choice|option|letter|here))?'
     r'(?:,? (?:to|of|for|therefore|then)\b[^.:?\n]{0,80}?)?'
     r'(?:\s*:|,? (?:is|was|would be)\b)(?: therefore| thus| simply| approximately| about|,)*\s*:?'
@@ -38,9 +38,9 @@ _LEADING_LETTER = re.compile(
 )
 
 
-# "Answer:" may also introduce a whole explanation: what follows must be short, or begin with a number or letter.
+# "Answer:" may also introduce a whole explanation: what follows must be short, or begin with a number, letter or formula.
 SHORT = 80
-_BARE = re.compile(r'\W*(?:\d|[A-Za-z]\b)')
+_BARE = re.compile(r'\W*(?:\d|[A-Za-z]\b)|\$|\\[a-z]')
 _LISTED = re.compile(r'\d+[.)]\s+\S')
 
 
@@ -48,7 +48,7 @@ def plain(text: str) -> str:
     """The text of one answer without Markdown and LaTeX around words and numbers; a box becomes 'answer: …'."""
     text = text.replace('\r\n', '\n').translate(_MINUS)
     answered = _NEW_QUESTION.split(text, maxsplit=1)[0]
-    if STATED.search(answered) or _BOX.search(answered):
+    if _STATED.search(answered) or _BOX.search(answered):
         text = answered  # and not what a model asks itself next
     text = _GROUPS.sub(',', text).replace('\\$', '$').replace('\\%', '%')
     for _ in range(3):  # commands in commands
@@ -62,15 +62,20 @@ def stated(text: str) -> Iterator[str]:
     >>> list(stated('The answer is 12, no. The answer is 18.'))
     ['18.', '12, no. The answer is 18.']
     """
-    found = list(STATED.finditer(text))
+    found = list(statements(text))
     if found and (retracted := _RETRACTED.search(text, found[-1].end())):
         yield _line(text[retracted.end() :])
-    for statement in reversed(found):
+    yield from (_line(text[statement.end() :]) for statement in reversed(found))
+
+
+def statements(text: str) -> Iterator[re.Match[str]]:
+    """Where "The answer is", "Answer:" and the like end, but for those that introduce an explanation."""
+    for statement in _STATED.finditer(text):
         words, line = statement.group(), _line(text[statement.end() :])
         same_line = '\n' not in words and not text.startswith('\n', statement.end())
         says = same_line and (len(line) <= SHORT or words.rstrip().lower().endswith(('is', 'was', 'be')))
         if says or _BARE.match(line) and not _LISTED.match(line):
-            yield line
+            yield statement
 
 
 def _line(text: str) -> str:

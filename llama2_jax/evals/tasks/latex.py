@@ -4,7 +4,7 @@ import itertools
 import re
 from fractions import Fraction
 
-from llama2_jax.evals.answers import STATED
+from llama2_jax.evals.answers import SHORT, statements
 
 _REPLACED = (
     ('an ', ''), ('a ', ''), ('.$', '$'), ('\\$', ''), ('\\ ', ''), (' ', ''), ('mbox', 'text'), (',\\text{and}', ','),
@@ -25,6 +25,8 @@ _SPELLINGS = (
     ('\\(', '$'), ('\\)', '$'), ('\\[', '$'), ('\\]', '$'), ('$$', '$'),
 )  # fmt: skip
 _FRACTIONS = (re.compile(r'([-+]?)(\d*)\\frac\{(-?\d+)\}\{(-?\d+)\}'), re.compile(r'([-+]?)()(\d+)/(\d+)'))
+# Any unit, in words or in LaTeX, after a number (Hendrycks' own grader drops these too).
+_UNIT = re.compile(r'(?<=[\d}])(?:\s*\\(?:text|mbox|mathrm)\{\s*[A-Za-z][A-Za-z\s/.]*\}(?:\^\{?\d\}?)?| [a-z][a-z /]*)\$?$')
 _BOX = re.compile(r'\\(?:boxed|fbox)(?![a-z])')
 
 
@@ -56,7 +58,7 @@ def final_answer(text: str) -> str:
     """What was stated last, in a box or after 'The final answer is', or else the last formula; normalised."""
     text = _spelled(text)
     found = _boxes(text)
-    for statement in STATED.finditer(text):
+    for statement in statements(text):
         if content := _statement(text[statement.end() :]):
             found.append((statement.start(), content))
     formulas = re.findall(r'\$([^$]+)\$', text)
@@ -71,7 +73,8 @@ def _statement(text: str) -> str:
         return ''
     if formula := re.match(r'\$([^$]*)\$', line):
         return formula.group(1)
-    return re.split(r'\.?\s*I hope it is correct|[.!;](?=\s|$)', line, maxsplit=1)[0]
+    sentence = re.split(r'\.?\s*I hope it is correct|[.!;](?=\s|$)', line, maxsplit=1)[0]
+    return sentence if len(sentence) <= SHORT else ''
 
 
 def _spelled(text: str) -> str:
@@ -88,7 +91,7 @@ def normalise(answer: str) -> str:
     '\\frac{1}{2}'
     """
     raw = answer = _spelled(answer).strip()
-    answer = answer.split('=')[-1]
+    answer = _UNIT.sub('', answer.split('=')[-1].strip())
     for before, after in _REPLACED:
         answer = answer.replace(before, after)
     for unit in _UNITS:
