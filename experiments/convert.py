@@ -5,6 +5,7 @@ python experiments/convert.py --input=run/model --output=out-hf --to=hf --dtype=
 python experiments/convert.py --input=run/model --output=out-hf --to=hf --verify
 python experiments/convert.py --input=run/model --output=out-pth --to=meta --shards=8
 python experiments/convert.py --input=run/model --output=model.gguf --to=gguf --dtype=q8_0
+python experiments/convert.py --input=Llama-2-7b-hf --adapter=run/adapter --output=merged
 python experiments/convert.py --input=run/model --against=out-hf
 """
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from llama2_jax.config import UserError
 from llama2_jax.convert.llamacpp import QUANTISED
 from llama2_jax.convert.load import open_model
+from llama2_jax.convert.peft import with_adapter
 from llama2_jax.convert.source import DTYPES
 from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
 from llama2_jax.convert.verify import against_transformers
@@ -25,6 +27,7 @@ INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recogni
 OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
 TO = flags.DEFINE_enum('to', 'orbax', FORMS, 'Format to write; orbax is the model directory of this package.')
 DTYPE = flags.DEFINE_enum('dtype', None, [*DTYPES, QUANTISED], "Of the parameters; the input's by default. q8_0: gguf only.")
+ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of a LoRA adapter (peft or our own) to merge into the input.')
 SHARDS = flags.DEFINE_enum('shards', '1', ['1', '2', '4', '8'], 'Model-parallel shards, for meta.')
 AGAINST = flags.DEFINE_string('against', None, 'Compare the input with this model: weights, and logits where memory allows.')
 VERIFY = flags.DEFINE_bool('verify', False, 'With --to=hf: load the result with transformers, and compare what it computes.')
@@ -38,7 +41,13 @@ def run() -> None:
         raise UserError('Give either --output (to convert) or --against (to compare).')
     if VERIFY.value and (not OUTPUT.value or TO.value != 'hf'):
         raise UserError('--verify belongs to --output=DIR --to=hf.')
+    if ADAPTER.value and (VERIFY.value or AGAINST.value):
+        raise UserError('--adapter belongs to --output=…; compare what was written then.')
     source = open_model(INPUT.value)
+    if ADAPTER.value:
+        source = with_adapter(source, ADAPTER.value)
+    for note in source.notes:
+        print(note)
     with tqdm(total=bytes_of(source), unit='B', unit_scale=True, disable=None) as bar:
         if OUTPUT.value:
             convert(source, OUTPUT.value, TO.value, DTYPE.value, int(SHARDS.value), bar.update)

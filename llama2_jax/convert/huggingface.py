@@ -19,7 +19,7 @@ from llama2_jax.convert.source import (
     Stream,
     check_stop_ids,
     check_tensors,
-    common_dtype,
+    stored_dtype,
     tokenizer_beside,
     write_json,
 )
@@ -110,16 +110,18 @@ def open_huggingface(path: Path) -> Source:
         found['lm_head.weight'] = found['model.embed_tokens.weight']
     check_tensors(found, wanted, config, 1, path)
     places = {key: found[name] for name, key in wanted.items()}
+    dtype, notes = stored_dtype(path, found.values())
     return Source(
         path,
         'hf',
         config,
-        common_dtype(stored.dtype for stored in found.values()),
+        dtype,
         head,
         lambda name, layer: from_theirs(name, places[name, layer].read(), config, 'hf'),
         partial(tokenizer_beside, path),
         {'stage': 'convert', 'parent': str(path), 'step': None},
         _stop_ids(path, content, config.vocab_size) if head == 'head_DV' else (),
+        notes,
     )
 
 
@@ -256,7 +258,9 @@ def safetensors_in(path: Path) -> dict[str, Stored]:
             raise UserError(f'{path}: tensor {shown(name)} holds {shown(code)}; valid: {", ".join(CODES)}.')
         dtype = DTYPES[CODES[code]]
         if last - first != math.prod(shape) * dtype.itemsize:
-            raise UserError(f'{path} is damaged: tensor {shown(name)} has {last - first} bytes, which is not its shape {shape}.')
+            raise UserError(
+                f'{path} is damaged: tensor {shown(name)} has {last - first} bytes, which is not its shape {shown(shape)}.'
+            )
         if begin + last > size:
             raise UserError(f'{path} is cut short: it has {size} bytes, and tensor {shown(name)} ends after {begin + last}.')
         found[name] = Stored(path, begin + first, shape, dtype)

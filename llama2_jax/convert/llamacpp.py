@@ -153,7 +153,7 @@ def _read_fields(path: Path, fields: dict[str, Any], vocab_size: int) -> ModelCo
 def _stop_ids(path: Path, fields: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """EOS and the end of a turn, where the file names one."""
     ids = [fields.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot')]
-    return check_stop_ids(f'{path}: eos_token_id and eot_token_id', [i for i in ids if i is not None], vocab_size)
+    return check_stop_ids(f'{path}: tokenizer.ggml.eos_token_id or eot_token_id', [i for i in ids if i is not None], vocab_size)
 
 
 def _tokenizer_model(path: Path, fields: dict[str, Any]) -> bytes:

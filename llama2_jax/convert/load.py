@@ -22,8 +22,11 @@ from llama2_jax.files import bucket_errors, locate, matching, open_file, read_js
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.score import ScoreModel
+from llama2_jax.runtime import say
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import load_params, on_mesh
+
+MAX_PADDING = 1024  # rows of a vocabulary beyond those of the tokenizer; with more of them it is another tokenizer's
 
 
 def open_model(path: str | os.PathLike) -> Source:
@@ -33,7 +36,32 @@ def open_model(path: str | os.PathLike) -> Source:
       UserError: it is none of them, or its reader found something missing, damaged or unknown.
     """
     with bucket_errors(path):
-        return _open(locate(path))
+        source = _open(locate(path))
+        return source if source.form == 'orbax' else _cut_vocabulary(source)
+
+
+def _cut_vocabulary(source: Source) -> Source:
+    """The model with the rows of its tokenizer's pieces only: others were added to make the number of rows a round one."""
+    try:
+        pieces = Tokenizer.from_bytes(source.tokenizer()).vocab_size
+    except UserError:
+        return source  # who needs the tokenizer says what is wrong with it
+    more = source.config.vocab_size - pieces
+    if not 0 < more <= MAX_PADDING:
+        return source
+    if any(stop >= pieces for stop in source.stop_ids):
+        raise UserError(
+            f'{source.path} ends its texts with token {max(source.stop_ids)}, and its tokenizer.model has {pieces} pieces: '
+            'a model that needs tokens added to its tokenizer is not handled.'
+        )
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        array = source.read(name, layer)
+        return array[:pieces] if name == 'table_VD' else array[:, :pieces] if name == 'head_DV' else array
+
+    note = f'{source.path}: the vocabulary of {source.config.vocab_size} is cut to the {pieces} pieces of its tokenizer.'
+    config = dataclasses.replace(source.config, vocab_size=pieces)
+    return dataclasses.replace(source, config=config, read=read, notes=(*source.notes, note))
 
 
 def check_given(option: str, model: str) -> None:
@@ -104,6 +132,8 @@ def load_score_model(path: str | os.PathLike, dtype: str | None = None) -> tuple
 
 def _load(source: Source, kind: type, dtype: str | None) -> tuple[Any, Tokenizer]:
     tokenizer = tokenizer_of(source)
+    for note in source.notes:
+        say(note)
     abstract = jax.eval_shape(partial(kind, source.config), jax.random.key(0))
     with bucket_errors(source.path):
         return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer

@@ -28,7 +28,7 @@ from llama2_jax.convert.source import (
     Stored,
     Stream,
     check_tensors,
-    common_dtype,
+    stored_dtype,
     tokenizer_beside,
     write_json,
 )
@@ -69,15 +69,17 @@ def open_meta(path: Path) -> Source:
     wanted = their_names(config, 'head_DV', 'meta')
     for shard, file in zip(shards, files, strict=True):
         check_tensors(shard, wanted, config, len(files), file)
+    dtype, notes = stored_dtype(path, [stored for shard in shards for stored in shard.values()])
     return Source(
         path,
         'meta',
         config,
-        common_dtype(stored.dtype for shard in shards for stored in shard.values()),
+        dtype,
         'head_DV',
         partial(_read, {key: [shard[name] for shard in shards] for name, key in wanted.items()}, config),
         partial(tokenizer_beside, path, path.parent),  # Meta's own download has it there
         {'stage': 'convert', 'parent': str(path), 'step': None},
+        notes=notes,
     )
 
 

@@ -135,7 +135,7 @@ def open_orbax(path: Path) -> Source:
             raise UserError(f'{params} holds no {name!r}; {nearest_name(name, arrays)}')
         full = (config.layers, *shape(name, config)) if name in BLOCK else shape(name, config)
         if arrays[name].shape != full:
-            raise UserError(f'{params}: {name!r} has the shape {list(arrays[name].shape)}, not {list(full)}.')
+            raise UserError(f'{params}: {name!r} has the shape {shown(list(arrays[name].shape))}, not {list(full)}.')
         if (dtype := arrays[name].dtype.numpy_dtype) not in DTYPES.values():
             raise UserError(f'{params}: {name!r} is of {dtype}; valid: {", ".join(DTYPES)}.')
     _check_chunks(params, arrays, names, {key.decode() for key in listed})

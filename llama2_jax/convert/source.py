@@ -20,6 +20,7 @@ DTYPES = {
     'bfloat16': np.dtype(ml_dtypes.bfloat16),
     'float16': np.dtype(np.float16),
 }
+PEFT_PREFIX = 'base_model.model.'
 MAX_STOP_IDS = 8  # `model.decode` holds as many beside EOS and a request's own
 
 
@@ -41,6 +42,7 @@ class Source:
       tokenizer: makes the content of tokenizer.model, or raises.
       provenance: stage, parent and step.
       stop_ids: token ids that end a text, where a file names them; (): the tokenizer's EOS.
+      notes: sentences to print about what was read in another way than it is stored.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Source:
     tokenizer: Callable[[], bytes]
     provenance: Mapping[str, Any]
     stop_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +94,20 @@ def check_tensors(found: Mapping[str, Stored], wanted: Mapping[str, Key], config
       UserError: naming the first tensor that is missing, unknown or of another shape or kind, and its file.
     """
     for name, stored in found.items():
+        if name not in wanted and name.startswith(PEFT_PREFIX):
+            raise UserError(
+                f'{stored.path}: tensor {shown(name)} is of a model inside peft: save the model of merge_and_unload(), '
+                'or the adapter alone, and merge that with convert --adapter=DIR.'
+            )
         if name not in wanted:
             raise UserError(f'{stored.path}: tensor {shown(name)} is unknown; {nearest_name(name, wanted)}')
     for name, (ours, _) in wanted.items():
         if name not in found:
             raise UserError(f'{where}: tensor {name!r} is missing; {nearest_name(name, found)}')
         if found[name].shape != (shape := their_shape(ours, config, shards)):
-            raise UserError(f'{found[name].path}: tensor {name!r} has the shape {list(found[name].shape)}, not {list(shape)}.')
+            raise UserError(
+                f'{found[name].path}: tensor {name!r} has the shape {shown(list(found[name].shape))}, not {list(shape)}.'
+            )
 
 
 def nearest_name(name: str, choices: Iterable[str]) -> str:
@@ -110,6 +120,16 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     """The dtype that all have, or float32, which holds every number of the others."""
     dtypes = set(dtypes)
     return dtypes.pop() if len(dtypes) == 1 else DTYPES['float32']
+
+
+def stored_dtype(path: Path, found: Iterable[Stored]) -> tuple[np.dtype, tuple[str, ...]]:
+    """The dtype of a model's parameters by those of its tensors, and a note where some of them grow by it."""
+    found = list(found)
+    matrices = {stored.dtype for stored in found if len(stored.shape) > 1}
+    dtype = matrix_dtype(matrices, (stored.read() for stored in found if stored.dtype not in matrices))
+    smaller = sorted(kind.name for kind in matrices if kind.itemsize < dtype.itemsize)
+    note = f'{path}: matrices of {" and ".join(smaller)} are read as {dtype.name}, since other tensors have digits that they'
+    return dtype, (f'{note} cannot hold; --dtype={smaller[0]} rounds those instead.',) if smaller else ()
 
 
 def matrix_dtype(matrices: Iterable[np.dtype], vectors: Iterable[np.ndarray]) -> np.dtype:

@@ -142,7 +142,10 @@ def _flush(file: os.PathLike) -> None:
 
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
-        path.rmtree()  # a file, too
+        if is_remote(path) or (path.is_dir() and not os.path.islink(path)):
+            path.rmtree()
+        else:
+            os.unlink(path)  # a file, a link, or a pipe
 
 
 def _stream(

@@ -6,18 +6,25 @@ import json
 import os
 import struct
 import zipfile
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_models import MHA
+from small_models import MHA, random_model
 
 from llama2_jax.config import UserError
+from llama2_jax.convert.huggingface import write_huggingface
 from llama2_jax.convert.load import load_model, open_model
-from llama2_jax.convert.transfer import convert
+from llama2_jax.convert.meta import write_meta
+from llama2_jax.convert.orbax import save_model
+from llama2_jax.convert.peft import with_adapter, write_peft
+from llama2_jax.convert.transfer import _stream, convert
 from llama2_jax.convert.verify import against_transformers
 from llama2_jax.model.engine import Engine, Request
+from llama2_jax.model.lora import LoraConfig, make_adapters, merge
 
 HEAD, TABLE = 'lm_head.weight', 'model.embed_tokens.weight'
 
@@ -358,3 +365,95 @@ def test_a_tokenizer_of_many_bytes_is_not_read(hf):
         file.truncate(20_000_000_000)  # a hole
     with pytest.raises(UserError, match='tokenizer.model has more than'):
         load_model(hf)
+
+
+@pytest.mark.parametrize(('form', 'more'), [('hf', 1), ('hf', 24), ('meta', 24)])
+def test_a_vocabulary_larger_than_the_tokenizer_is_cut(form, more, model_directory, tokenizer, tmp_path, capsys):
+    wide = dataclasses.replace(MHA, vocab_size=296 + more)
+    model = random_model(wide)
+    save_model(tmp_path / 'wide', model, tokenizer, {})
+    start = open_model(tmp_path / 'wide')
+    # As an export of another program: all rows, and the tokenizer without the added ones.
+    (tmp_path / 'out').mkdir()
+    write = {'hf': write_huggingface, 'meta': partial(write_meta, shards=1)}[form]
+    write(tmp_path / 'out', start, start.dtype, stream=partial(_stream, start, start.dtype, lambda _: None))
+    read, own = load_model(tmp_path / 'out')
+    assert read.config.vocab_size == own.vocab_size == 296
+    assert capsys.readouterr().out.count(f'the vocabulary of {296 + more} is cut to the 296 pieces') == 1
+    assert np.array_equal(read.table_VD[...], model.table_VD[...][:296])
+    assert np.array_equal(read.head_DV[...], model.head_DV[...][:, :296])
+    if form == 'hf':
+        change(tmp_path / 'out/generation_config.json', eos_token_id=296)
+        with pytest.raises(UserError, match='ends its texts with token 296'):
+            open_model(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('exact', [True, False])
+def test_matrices_of_bfloat16_beside_norms_of_float32(exact, hf):
+    tensors = load_file(hf / 'model.safetensors')
+    for name, array in tensors.items():
+        if array.ndim == 2:
+            tensors[name] = array.astype('bfloat16')
+        elif exact:
+            tensors[name] = array.astype('bfloat16').astype(np.float32)
+    save_file(tensors, hf / 'model.safetensors', {'format': 'pt'})
+    source = open_model(hf)
+    assert source.dtype.name == ('bfloat16' if exact else 'float32')
+    assert [note for note in source.notes if '--dtype=bfloat16' in note] == ([] if exact else list(source.notes))
+    assert bool(source.notes) != exact
+
+
+LORA = LoraConfig(rank=4, alpha=6.0, matrices=('q', 'o', 'down'))
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter as our stages write it, and its factors."""
+    adapters = make_adapters(MHA, LORA, jax.random.key(1))
+    adapters = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), adapters)
+    write_peft(tmp_path / 'adapter', adapters, LORA, 'base')
+    return tmp_path / 'adapter', adapters
+
+
+def test_an_adapter_is_merged_by_the_formula_of_lora(adapter, hf):
+    directory, adapters = adapter
+    source = with_adapter(open_model(hf), directory)
+    ours = merge(load_model(hf)[0], adapters, LORA)
+    for name in ('w_q_DHK', 'w_o_DHK', 'w_down_DF', 'w_up_DF'):
+        np.testing.assert_allclose(source.read(name, 2), getattr(ours.blocks, name)[...][2], rtol=1e-5, atol=1e-5)
+    weights, factors = load_file(hf / 'model.safetensors'), load_file(directory / 'adapter_model.safetensors')
+    name = 'model.layers.2.self_attn.q_proj.'
+    a, b = (factors[f'base_model.model.{name}lora_{factor}.weight'] for factor in 'AB')
+    by_hand = weights[f'{name}weight'] + 6 / 4 * b @ a
+    np.testing.assert_allclose(source.read('w_q_DHK', 2).reshape(64, 64).T, by_hand, rtol=1e-5, atol=1e-5)
+    change(directory / 'adapter_config.json', use_rslora=True)
+    by_hand = weights[f'{name}weight'] + 6 / 4**0.5 * b @ a
+    merged = with_adapter(open_model(hf), directory).read('w_q_DHK', 2)
+    np.testing.assert_allclose(merged.reshape(64, 64).T, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_cannot_be_merged(adapter, hf):
+    directory, _ = adapter
+    with pytest.raises(UserError, match='holds an adapter of peft.*--adapter='):
+        open_model(directory)
+    for name, value in (('use_dora', True), ('peft_type', 'IA3'), ('modules_to_save', ['lm_head']), ('r', 'x'), ('r', 5)):
+        before = (directory / 'adapter_config.json').read_text()
+        change(directory / 'adapter_config.json', **{name: value})
+        with pytest.raises(UserError, match='adapter'):
+            with_adapter(open_model(hf), directory)
+        (directory / 'adapter_config.json').write_text(before)
+    factors = load_file(directory / 'adapter_model.safetensors')
+    name = next(iter(factors))
+    save_file({key: array for key, array in factors.items() if key != name}, directory / 'adapter_model.safetensors')
+    with pytest.raises(UserError, match=f'adapter_model.safetensors: tensor .{name}. is missing'):
+        with_adapter(open_model(hf), directory)
+    tensors = load_file(hf / 'model.safetensors')
+    save_file({f'base_model.model.{key}': array for key, array in tensors.items()}, hf / 'model.safetensors')
+    with pytest.raises(UserError, match='merge_and_unload'):
+        open_model(hf)
+
+
+def test_what_a_kill_has_left_is_removed_whatever_it_is(hf, tmp_path):
+    os.mkfifo(tmp_path / 'out.incomplete')
+    convert(open_model(hf), tmp_path / 'out', 'orbax')
+    assert not (tmp_path / 'out.incomplete').exists()
