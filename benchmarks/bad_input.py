@@ -26,7 +26,7 @@ STAGES = (
     *('train_tokenizer', 'pretrain', 'sft', 'reward_model', 'rejection_sampling', 'ppo', 'rlhf', 'ghost_attention'),
     *('context_distillation', 'collect_preferences'),
 )
-SECONDS = 60  # a command that takes longer counts as one without an end
+SECONDS = 30  # a command that takes longer counts as one without an end
 
 
 @dataclasses.dataclass(frozen=True)
