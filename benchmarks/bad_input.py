@@ -207,9 +207,9 @@ def bad_tools() -> Iterator[Row]:
     yield Row('convert', (b'--input=\xff\xfe'.decode(errors='surrogateescape'), '--output=out'), '\\xff')
     for flag in ('temperature=-1', 'temperature=nan', 'top_p=-0.1', 'max_new_tokens=0', 'seed=-1'):
         yield Row('chat', ('--model=model', f'--{flag}'), flag.partition('=')[0])
-    for workdir in ('absent', 'empty', 'file.txt', 'run_nan', 'run_text', 'run_fifo', 'run_list'):
+    for workdir in ('absent', 'empty', 'file.txt', 'run_list'):
         yield Row('report', (f'--workdir={workdir}',), workdir)
-    yield Row('report', ('--workdir=run', '--output=file.txt/below'), 'file.txt')
+    yield Row('report', ('--workdir=run_nan', '--output=file.txt/below'), 'file.txt')
     yield Row('demo', ('--workdir=absent',), 'absent')
     yield Row('demo', ('--workdir=empty',), 'empty')
 
@@ -249,12 +249,10 @@ def make_files(folder: Path) -> None:
     for name, content in {'damaged': '{"model": {', 'deep': '[' * 100_000}.items():
         (folder / name).mkdir()
         (folder / name / 'config.json').write_text(content)
-    for name, line in {'run_nan': '{"step": 1, "loss": NaN}', 'run_text': '{"step": 1, "loss": "x"}', 'run_list': '[1]'}.items():
+    for name, line in {'run_nan': '{"step": 1, "loss": NaN}', 'run_list': '[1]'}.items():
         (folder / name).mkdir()
         (folder / name / 'config.json').write_text('{}')
         (folder / name / 'metrics.jsonl').write_text(line + '\n')
-    (folder / 'run_fifo').mkdir()
-    os.mkfifo(folder / 'run_fifo' / 'metrics.jsonl')
     make_model(folder / 'model')
 
 

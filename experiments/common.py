@@ -1,5 +1,6 @@
 """The command line that every training stage shares: --config, --workdir, --set, --dry_run, --topology."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,9 @@ def tool(run: Callable[[], None]) -> None:
         with runtime.user_errors():
             if len(argv) > 1:
                 raise UserError(f'Unknown argument {argv[1]!r}; every setting is a --flag.')
+            for flag in flags.FLAGS.get_key_flags_for_module(argv[0]):  # absl's bounds let NaN pass
+                if isinstance(flag.value, float) and not math.isfinite(flag.value):
+                    raise UserError(f'--{flag.name}={flag.value} is not a finite number.')
             runtime.start()
             run()
 

@@ -22,6 +22,7 @@ from llama2_jax.convert.peft import with_adapter
 from llama2_jax.convert.source import DTYPES
 from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
 from llama2_jax.convert.verify import against_transformers
+from llama2_jax.files import check_writable
 
 INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)
 OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
@@ -37,8 +38,10 @@ TOLERANCE = 1e-3  # of logits in float32
 
 def run() -> None:
     """Converts or compares; exit code 1 where two models differ."""
-    if (OUTPUT.value is None) == (AGAINST.value is None):
+    if bool(OUTPUT.value) == bool(AGAINST.value):
         raise UserError('Give either --output (to convert) or --against (to compare).')
+    if OUTPUT.value:
+        check_writable('--output', OUTPUT.value, directory=TO.value != 'gguf')
     if VERIFY.value and (not OUTPUT.value or TO.value != 'hf'):
         raise UserError('--verify belongs to --output=DIR --to=hf.')
     if ADAPTER.value and (VERIFY.value or AGAINST.value):

@@ -17,6 +17,7 @@ from absl import flags
 from common import tool
 
 from llama2_jax.config import UserError
+from llama2_jax.files import check_writable
 from llama2_jax.stages import evaluate, score, versus
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.')
@@ -41,7 +42,9 @@ MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 1000, 'With --versus: of
 REWARD_MODEL = flags.DEFINE_multi_string('reward_model', [], 'Model directory of a reward model; may be repeated.')
 PREFERENCES = flags.DEFINE_list('preferences', [], 'Sources of comparisons, such as toy:preferences_heldout.')
 SCORE = flags.DEFINE_string('score', None, 'A .jsonl file of dialogs, or another source of them, to score.')
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Sequences at a time; no result depends on it.', lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 32, 'Sequences at a time; no result depends on it.', lower_bound=1, upper_bound=2**16
+)
 INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.', lower_bound=0)
 
@@ -53,6 +56,8 @@ def given(*names: str) -> dict:
 
 def run() -> None:
     """One of the measures."""
+    if OUTPUT.value:
+        check_writable('--output', OUTPUT.value, directory=not SCORE.value)
     if REWARD_MODEL.value:
         judge_reward_models()
         return

@@ -15,6 +15,7 @@ from absl import flags
 from common import compiles_only, tool
 
 from llama2_jax.config import UserError
+from llama2_jax.files import check_writable
 from llama2_jax.stages import generate
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
@@ -29,7 +30,9 @@ TOP_K = flags.DEFINE_integer('top_k', 0, 'Draws from so many tokens at most; 0: 
 SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
 STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a sample; may be repeated.')
 LOGPROBS = flags.DEFINE_bool('logprobs', False, 'With --prompts: write the log-probability of every new token.')
-BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Sequences at a time; memory for their caches limits it.', lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 32, 'Sequences at a time; memory for their caches limits it.', lower_bound=1, upper_bound=2**16
+)
 INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Compile a step only; --model may be a size such as 70b.')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU slice to compile for, such as v5p:2x2x4.')
@@ -45,6 +48,8 @@ def run() -> None:
         raise UserError('--prompts and --output belong together: where the prompts are, and where results go.')
     if PROMPTS.value and PROMPT.value:
         raise UserError('--prompt and --prompts exclude each other.')
+    if OUTPUT.value:
+        check_writable('--output', OUTPUT.value, directory=False)
     names = ('max_new_tokens', 'num_samples', 'temperature', 'top_p', 'top_k', 'seed', 'stop')
     settings = {name: flags.FLAGS[name].value for name in names}
     engine = generate.open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)

@@ -33,7 +33,36 @@ T = TypeVar('T')
 
 def locate(path: str | os.PathLike) -> epath.Path:
     """The path made absolute; an address in a bucket is so already."""
-    return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
+    if not is_remote(path):
+        return epath.Path(os.path.abspath(path))
+    if not os.fspath(path).startswith('gs://'):
+        raise UserError(f'{path} is an address that cannot be used: write gs://BUCKET/PATH, or copy the files to a disk.')
+    return epath.Path(path)
+
+
+def check_writable(option: str, path: str | os.PathLike, directory: bool) -> None:
+    """Tries whether a file or a directory can be written, before anything expensive begins; its parents need not exist.
+
+    Raises:
+      UserError: it cannot; names the option and the path.
+    """
+    if is_remote(path):
+        locate(path)
+        return
+    whole = place = os.path.abspath(path)
+    try:
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        if not os.path.exists(place):
+            raise FileNotFoundError(errno.ENOENT, f'{place} is a link to nothing')
+        if os.path.isdir(place) != (directory or place != whole):
+            raise FileExistsError(errno.EEXIST, f'{place} is {"a" if os.path.isdir(place) else "no"} directory')
+        if len(os.path.basename(whole).encode()) > 255:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=place if os.path.isdir(place) else os.path.dirname(place)):
+            pass
+    except OSError as error:
+        raise UserError(f'{option}={path} cannot be written: {error.strerror}.') from None
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jax.sharding import Mesh
 
-from llama2_jax.config import UserError
+from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.mesh import decoding_mesh
 from llama2_jax.model import decode, likelihood
 from llama2_jax.model.llama import Compute, Llama
@@ -27,7 +27,7 @@ TAIL = 8  # tokens of a prompt that tell how the text goes on from it
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Request(Config):
     """A prompt and how to continue it.
 
     Attributes:
@@ -44,29 +44,22 @@ class Request:
     """
 
     token_ids: Sequence[int]
-    max_new_tokens: int = 256
-    num_samples: int = 1
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    seed: int = 0
+    max_new_tokens: int = between(256, 1, 2**31 - 1)
+    num_samples: int = between(1, 1, 100_000)
+    temperature: float = between(0.6, 0, 100)
+    top_p: float = between(0.9, 0, 1)
+    top_k: int = between(0, 0, 2**31 - 1)
+    seed: int = SEED
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     answer: bool = False
 
     def __post_init__(self) -> None:
-        for name, valid in (
-            ('max_new_tokens', self.max_new_tokens >= 1),
-            ('num_samples', self.num_samples >= 1),
-            ('temperature', 0 <= self.temperature < float('inf')),
-            ('top_p', 0 <= self.top_p <= 1),
-            ('top_k', self.top_k >= 0),
-            ('seed', 0 <= self.seed < 2**32),
-            ('stop', all(self.stop)),
-            ('stop_token_ids', len(self.stop_token_ids) < decode.STOP_IDS // 2),
-        ):
-            if not valid:
-                raise UserError(f'{name}={getattr(self, name)!r} is out of range.')
+        super().__post_init__()
+        if not all(self.stop):
+            raise UserError('stop holds an empty text: leave it out.')
+        if len(self.stop_token_ids) >= decode.STOP_IDS // 2:
+            raise UserError(f'stop_token_ids has {len(self.stop_token_ids)} ids: {decode.STOP_IDS // 2 - 1} are possible.')
         if not self.token_ids:
             raise UserError('The prompt is empty: begin it with BOS at least.')
 

@@ -8,6 +8,7 @@ from typing import Any
 from etils.epath import Path
 
 from llama2_jax.config import Config, UserError, between, nearest
+from llama2_jax.convert.load import open_model
 from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import cut_left
@@ -62,6 +63,7 @@ def run(config: VersusConfig) -> dict[str, Any]:
       UserError: any mistake.
     """
     judge = make_judge(config.judge)
+    open_model(config.versus)
     dialogs = read_prompts(config.prompts)[: config.limit or None]
     path = make_directory(config.output)
     rows = path / 'prompts.jsonl'
@@ -131,6 +133,7 @@ def make_judge(name: str) -> Judge:
         raise UserError(f'--judge={name}: there is no such judge; {nearest(kind, ("reward_model", "model", "toy"))}')
     if not path:
         raise UserError(f'--judge={name} names nothing after {kind!r}; write {kind}:DIR.')
+    open_model(path)
     return (lambda pairs: reward_judge(path, pairs)) if kind == 'reward_model' else (lambda pairs: model_judge(path, pairs))
 
 

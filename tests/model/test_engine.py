@@ -1,6 +1,7 @@
 """The engine against transformers, against the forward pass of training, and against itself alone."""
 
 import dataclasses
+import math
 from functools import cache
 
 import jax
@@ -296,6 +297,9 @@ def test_meshes_for_decoding(changes, devices, sizes):
     ('field', 'value'),
     [
         ('temperature', -0.1),
+        ('temperature', math.nan),
+        ('num_samples', 10**9),
+        ('max_new_tokens', 2**70),
         ('top_p', 1.5),
         ('top_k', -1),
         ('max_new_tokens', 0),
@@ -305,5 +309,5 @@ def test_meshes_for_decoding(changes, devices, sizes):
     ],
 )
 def test_settings_out_of_range(field, value):
-    with pytest.raises(UserError, match=f'{field}=.* is out of range'):
+    with pytest.raises(UserError, match=f'^{field} '):
         Request([1], **{field: value})

@@ -2,6 +2,8 @@
 
 import html
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -197,3 +199,17 @@ def test_command_line(tree):
     assert (result.returncode, result.stdout) == (0, f'The report is in {tree}/report.html.\n')
     result = subprocess.run([*command, tree / 'none'], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (1, f'Error: --workdir={tree}/none is no directory.\n')
+
+
+def test_odd_files_of_a_run_are_no_obstacle(tmp_path):
+    """A diverged loss is a gap, text is no figure, and pipes, dangling links and lists in place of objects are passed over."""
+    lines = [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': math.nan}, {'step': 3, 'loss': 'x'}, {'step': 4, 'loss': 1.0}]
+    write(tmp_path / 'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
+    write(tmp_path / 'config.json', '[1]')
+    write(tmp_path / 'model' / 'config.json', {'provenance': []})
+    os.mkfifo(tmp_path / 'samples.md')
+    (tmp_path / 'table.json').symlink_to('nothing')
+    [run] = find_runs(tmp_path)
+    assert [line.get('loss') for line in run.metrics] == [2.0, None, None, 1.0]
+    assert (run.config, run.provenance, run.samples, run.tables) == ({}, {}, '', {})
+    assert 'data-chart' in write_report(tmp_path).read_text()

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def find_runs(root: Path) -> list[Run]:
     runs = []
     for directory, below, files in os.walk(root):
         below[:] = sorted(name for name in below if name not in SKIPPED)
-        if run := read_run(Path(directory), root, sorted(files)):
+        files = sorted(name for name in files if os.path.isfile(os.path.join(directory, name)))  # no pipes, no links to nothing
+        if run := read_run(Path(directory), root, files):
             runs.append((min(os.path.getmtime(os.path.join(directory, name)) for name in files), run))
     if not runs:
         raise UserError(f'There is nothing to report in {root}: neither metrics.jsonl nor samples.md nor results.')
@@ -85,17 +87,27 @@ def read_run(directory: Path, root: Path, files: list[str]) -> Run | None:
     has_metrics = 'metrics.jsonl' in files
     if not (has_metrics or 'samples.md' in files or tables or notes or pictures):
         return None
-    made = read_json(directory / 'model' / 'config.json') or {}
+    made = as_object(as_object(read_json(directory / 'model' / 'config.json')).get('provenance'))
     return Run(
         name='' if directory == root else directory.relative_to(root).as_posix(),
-        config=read_json(directory / 'config.json') or {},
-        provenance=made.get('provenance') or {},
-        metrics=read_metrics(directory / 'metrics.jsonl') if has_metrics else [],
+        config=as_object(read_json(directory / 'config.json')),
+        provenance=made,
+        metrics=[numbers(line) for line in read_metrics(directory / 'metrics.jsonl')] if has_metrics else [],
         samples=(directory / 'samples.md').read_text(encoding='utf-8', errors='replace') if 'samples.md' in files else '',
         tables={name: table for name, table in tables.items() if table},
         notes=notes,
         pictures=tuple(pictures),
     )
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object; an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The finite numbers of a line of metrics: a diverged loss is a gap in its curve."""
+    return {name: value for name, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def read_json(path: Path) -> Any:
