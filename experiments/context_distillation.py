@@ -27,24 +27,61 @@ def tiny() -> DistillConfig:
     data = DialogConfig(mixture='toy:helpful:0.05x', epochs=4)
     return DistillConfig(
         prompts='toy:safety_prompts',
+        samples=4,
         max_new_tokens=64,
         tune=True,
         sft=dataclasses.replace(chat.tiny_naive(), data=data),
     )
 
 
-def llama2() -> DistillConfig:
-    """Distilled answers of a chat model of any size to adversarial prompts of your own.
+def llama2_7b() -> DistillConfig:
+    """Distilled answers of LLaMA 2-Chat 7B to adversarial prompts of your own, and fine-tuning on them (paper p27-28).
 
-    python experiments/context_distillation.py --config=llama2 --set model=chat/model --set safety=rm-safe/model \\
+    python experiments/context_distillation.py --config=llama2_7b --set model=chat/model --set safety=rm-safe/model \
       --set prompts=jsonl:p.jsonl --workdir=distilled
-
-    Ends with the command that fine-tunes on them.
     """
-    return DistillConfig()
+    return llama2('7b')
 
 
-PRESETS = {'tiny': tiny, 'llama2': llama2}
+def llama2_13b() -> DistillConfig:
+    """Distilled answers of LLaMA 2-Chat 13B to adversarial prompts of your own, and fine-tuning on them (paper p27-28).
+
+    python experiments/context_distillation.py --config=llama2_13b --set model=chat/model --set safety=rm-safe/model \
+      --set prompts=jsonl:p.jsonl --workdir=distilled
+    """
+    return llama2('13b')
+
+
+def llama2_34b() -> DistillConfig:
+    """Distilled answers of LLaMA 2-Chat 34B to adversarial prompts of your own, and fine-tuning on them (paper p27-28).
+
+    python experiments/context_distillation.py --config=llama2_34b --set model=chat/model --set safety=rm-safe/model \
+      --set prompts=jsonl:p.jsonl --workdir=distilled
+    """
+    return llama2('34b')
+
+
+def llama2_70b() -> DistillConfig:
+    """Distilled answers of LLaMA 2-Chat 70B to adversarial prompts of your own, and fine-tuning on them (paper p27-28).
+
+    python experiments/context_distillation.py --config=llama2_70b --set model=chat/model --set safety=rm-safe/model \
+      --set prompts=jsonl:p.jsonl --workdir=distilled
+    """
+    return llama2('70b')
+
+
+def llama2(size: str) -> DistillConfig:
+    """The paper's method: one answer under a preprompt against one without. Fine-tuning is that of SFT (p9), which is ours."""
+    return DistillConfig(samples=1, tune=True, sft=dataclasses.replace(chat.llama2(size), data=DialogConfig(mixture='')))
+
+
+PRESETS = {
+    'tiny': tiny,
+    'llama2_7b': llama2_7b,
+    'llama2_13b': llama2_13b,
+    'llama2_34b': llama2_34b,
+    'llama2_70b': llama2_70b,
+}
 
 
 def run(config: DistillConfig, workdir: str) -> None:

@@ -49,17 +49,50 @@ def tiny() -> GhostConfig:
     )
 
 
-def llama2() -> GhostConfig:
-    """Dialogs from a chat model of any size, under hobbies, languages and figures that it names itself (paper p16-17).
+def llama2_7b() -> GhostConfig:
+    """Dialogs from LLaMA 2-Chat 7B, under hobbies, languages and figures that it names itself (paper p16-17), and fine-tuning.
 
-    python experiments/ghost_attention.py --config=llama2 --set model=rlhf-v3/model --set dialogs=jsonl:d.jsonl --workdir=gatt
-
-    Ends with the command that fine-tunes on them.
+    python experiments/ghost_attention.py --config=llama2_7b --set model=rlhf/v3/model --set dialogs=jsonl:d.jsonl --workdir=gatt
     """
-    return GhostConfig()
+    return llama2('7b')
 
 
-PRESETS = {'tiny': tiny, 'llama2': llama2}
+def llama2_13b() -> GhostConfig:
+    """Dialogs from LLaMA 2-Chat 13B, under hobbies, languages and figures that it names itself (paper p16-17), and fine-tuning.
+
+    python experiments/ghost_attention.py --config=llama2_13b --set model=rlhf/v3/model --set dialogs=jsonl:d.jsonl --workdir=gatt
+    """
+    return llama2('13b')
+
+
+def llama2_34b() -> GhostConfig:
+    """Dialogs from LLaMA 2-Chat 34B, under hobbies, languages and figures that it names itself (paper p16-17), and fine-tuning.
+
+    python experiments/ghost_attention.py --config=llama2_34b --set model=rlhf/v3/model --set dialogs=jsonl:d.jsonl --workdir=gatt
+    """
+    return llama2('34b')
+
+
+def llama2_70b() -> GhostConfig:
+    """Dialogs from LLaMA 2-Chat 70B, under hobbies, languages and figures that it names itself (paper p16-17), and fine-tuning.
+
+    python experiments/ghost_attention.py --config=llama2_70b --set model=rlhf/v3/model --set dialogs=jsonl:d.jsonl --workdir=gatt
+    """
+    return llama2('70b')
+
+
+def llama2(size: str) -> GhostConfig:
+    """The paper's method; it leaves open how many dialogs and which fine-tuning, so that of SFT (p9) is our choice."""
+    return GhostConfig(tune=True, sft=dataclasses.replace(chat.llama2(size), data=DialogConfig(mixture='')))
+
+
+PRESETS = {
+    'tiny': tiny,
+    'llama2_7b': llama2_7b,
+    'llama2_13b': llama2_13b,
+    'llama2_34b': llama2_34b,
+    'llama2_70b': llama2_70b,
+}
 
 
 def run(config: GhostConfig, workdir: str) -> None:

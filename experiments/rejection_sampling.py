@@ -22,6 +22,7 @@ from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
 PROMPTS = PromptConfig(mixture='toy:prompts, toy:safety_prompts:4x', longest=64)
+PAPER_REWARDS = RewardsConfig(missing_eos_penalty=0.0)  # the paper has no such penalty
 ANSWER = 48  # tokens; the longest right answer has 45
 
 
@@ -50,11 +51,32 @@ def tiny() -> RejectionConfig:
     )
 
 
+def small() -> RejectionConfig:
+    """A small chat model learns the best of eight answers to each prompt of your own. Nothing of the toy world is in it.
+
+    python experiments/rejection_sampling.py --config=small --set sample_from=sft/model --set rewards.helpfulness=rm/model \
+      --set rewards.safety=rm/model --set prompts.mixture=jsonl:prompts.jsonl --workdir=rs
+
+    A single reward model is given twice. Any hardware that holds four times the model in float32.
+    """
+    return RejectionConfig(
+        prompts=PromptConfig(mixture='jsonl:prompts.jsonl', longest=512),
+        samples=8,
+        temperatures=(0.8, 1.0, 1.2),
+        tune_prompts=16,
+        max_new_tokens=256,
+        decode_batch=32,
+        sft=dataclasses.replace(chat.small(), data=DialogConfig(mixture='')),
+    )
+
+
 def llama2_7b() -> RejectionConfig:
-    """The paper's way for its smaller models: the 70B answers, 7B learns from the best of 20, beginning from its pretrained base.
+    """The paper's way for its smaller models (p14): the 70B answers, 7B learns from the best of 20, from its pretrained base.
 
     python experiments/rejection_sampling.py --config=llama2_7b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-7b \
       --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+
+    Hardware as for fine-tuning; the sampling 70B wants 140 GB in bfloat16.
     """
     return llama2('7b')
 
@@ -64,8 +86,21 @@ def llama2_13b() -> RejectionConfig:
 
     python experiments/rejection_sampling.py --config=llama2_13b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-13b \
       --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+
+    Hardware as for fine-tuning; the sampling 70B wants 140 GB in bfloat16.
     """
     return llama2('13b')
+
+
+def llama2_34b() -> RejectionConfig:
+    """The same for 34B.
+
+    python experiments/rejection_sampling.py --config=llama2_34b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-34b \
+      --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+
+    Hardware as for fine-tuning; the sampling 70B wants 140 GB in bfloat16.
+    """
+    return llama2('34b')
 
 
 def llama2_70b() -> RejectionConfig:
@@ -73,20 +108,33 @@ def llama2_70b() -> RejectionConfig:
 
     python experiments/rejection_sampling.py --config=llama2_70b --set sample_from=llama2-70b-v3 --set sft.init_from=llama2-70b \
       --set rewards.helpfulness=rm-help/model --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=rs
+
+    Hardware as for fine-tuning; the sampling 70B wants 140 GB in bfloat16.
     """
     return llama2('70b')
 
 
 def llama2(size: str) -> RejectionConfig:
-    """The paper's settings where it states them (p14-15); fine-tuning as in `sft.py`, on the choices and the dialogs of SFT."""
+    """The paper's settings where it states them (p14-15); fine-tuning as in `sft.py`, on the choices and the dialogs of SFT.
+
+    It gives neither the number of answers nor a rule for two rewards; 20 is that of its figures, the rule is that of PPO.
+    """
     return RejectionConfig(
         sample_from='70b',
+        rewards=PAPER_REWARDS,
         prompts=PromptConfig(mixture='jsonl:prompts/*.jsonl'),
         sft=chat.llama2(size),
     )
 
 
-PRESETS = {'tiny': tiny, 'llama2_7b': llama2_7b, 'llama2_13b': llama2_13b, 'llama2_70b': llama2_70b}
+PRESETS = {
+    'tiny': tiny,
+    'small': small,
+    'llama2_7b': llama2_7b,
+    'llama2_13b': llama2_13b,
+    'llama2_34b': llama2_34b,
+    'llama2_70b': llama2_70b,
+}
 
 
 def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home: Path) -> tuple[str, RewardsConfig]:

@@ -78,8 +78,26 @@ def tiny_renewed() -> RewardConfig:
     )
 
 
+def small() -> RewardConfig:
+    """A reward model from a small chat model and comparisons of your own. Nothing of the toy world is in it.
+
+    python experiments/reward_model.py --config=small --set init_from=sft/model \
+      --set data.mixture=jsonl:comparisons.jsonl --workdir=rm
+
+    Scores are shifted so that chosen answers have a mean of 0, which is ours. Any hardware that holds the model
+    four times in float32.
+    """
+    return RewardConfig(
+        data=PreferenceConfig(mixture='jsonl:comparisons.jsonl', heldout=0.05),
+        optimizer=OptimizerConfig(peak_lr=1e-5, warmup_steps=0, warmup_share=0.03),
+        loop=LoopConfig(log_every=1, eval_every=50, checkpoint_every=50),
+        batch_size=64,
+        length=2048,  # an answer may have 1,024 tokens with its prompt
+    )
+
+
 def llama2_7b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 7B chat model.
+    """Helpfulness, from a 7B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_7b_helpfulness --set init_from=sft7b/model --workdir=rm
     """
@@ -87,15 +105,23 @@ def llama2_7b_helpfulness() -> RewardConfig:
 
 
 def llama2_13b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 13B chat model.
+    """Helpfulness, from a 13B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_13b_helpfulness --set init_from=sft13b/model --workdir=rm
     """
     return helpfulness('13b')
 
 
+def llama2_34b_helpfulness() -> RewardConfig:
+    """Helpfulness, from a 34B chat model (paper p12); hardware as for fine-tuning it.
+
+    python experiments/reward_model.py --config=llama2_34b_helpfulness --set init_from=sft34b/model --workdir=rm
+    """
+    return helpfulness('34b')
+
+
 def llama2_70b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 70B chat model.
+    """Helpfulness, from a 70B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_70b_helpfulness --set init_from=sft70b/model --workdir=rm
     """
@@ -103,7 +129,7 @@ def llama2_70b_helpfulness() -> RewardConfig:
 
 
 def llama2_7b_safety() -> RewardConfig:
-    """Safety, from a 7B chat model.
+    """Safety, from a 7B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_7b_safety --set init_from=sft7b/model --workdir=rm
     """
@@ -111,15 +137,23 @@ def llama2_7b_safety() -> RewardConfig:
 
 
 def llama2_13b_safety() -> RewardConfig:
-    """Safety, from a 13B chat model.
+    """Safety, from a 13B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_13b_safety --set init_from=sft13b/model --workdir=rm
     """
     return safety('13b')
 
 
+def llama2_34b_safety() -> RewardConfig:
+    """Safety, from a 34B chat model (paper p12); hardware as for fine-tuning it.
+
+    python experiments/reward_model.py --config=llama2_34b_safety --set init_from=sft34b/model --workdir=rm
+    """
+    return safety('34b')
+
+
 def llama2_70b_safety() -> RewardConfig:
-    """Safety, from a 70B chat model.
+    """Safety, from a 70B chat model (paper p12); hardware as for fine-tuning it.
 
     python experiments/reward_model.py --config=llama2_70b_safety --set init_from=sft70b/model --workdir=rm
     """
@@ -127,24 +161,30 @@ def llama2_70b_safety() -> RewardConfig:
 
 
 def helpfulness(size: str) -> RewardConfig:
-    """The paper's settings (p12): all of one's own helpfulness data, and as many pairs drawn uniformly from the rest."""
+    """The paper's settings (p12): all of one's own helpfulness data, and as many pairs drawn uniformly from the rest.
+
+    Of the two margins of p52 this takes the small one, which is best on average; the paper does not say which one it used.
+    """
     return RewardConfig(
         init_from=size,
         data=PreferenceConfig(mixture=HELPFULNESS),
         optimizer=OptimizerConfig(peak_lr=5e-6 if size == '70b' else 1e-5, warmup_steps=5, warmup_share=0.03),
         compute=Compute(remat='full'),
         loop=LoopConfig(log_every=1, eval_every=100, checkpoint_every=100),
+        center=False,
     )
 
 
 def safety(size: str) -> RewardConfig:
-    """The paper's settings (p12): all safety data, one's own and the open ones; helpfulness data make up a tenth of the pairs."""
+    """The paper's settings (p12): all safety data, one's own and the open ones; helpfulness data make up a tenth of the pairs.
+
+    The paper prints no weight of the auxiliary loss; 1 is ours.
+    """
     return dataclasses.replace(
         helpfulness(size),
         data=PreferenceConfig(mixture=SAFETY),
         margin='none',
         safety_weight=1.0,
-        center=False,
     )
 
 
@@ -153,18 +193,21 @@ PRESETS = {
     'tiny_v1': tiny_v1,
     'tiny_safety': tiny_safety,
     'tiny_renewed': tiny_renewed,
+    'small': small,
     'llama2_7b_helpfulness': llama2_7b_helpfulness,
     'llama2_13b_helpfulness': llama2_13b_helpfulness,
+    'llama2_34b_helpfulness': llama2_34b_helpfulness,
     'llama2_70b_helpfulness': llama2_70b_helpfulness,
     'llama2_7b_safety': llama2_7b_safety,
     'llama2_13b_safety': llama2_13b_safety,
+    'llama2_34b_safety': llama2_34b_safety,
     'llama2_70b_safety': llama2_70b_safety,
 }
 
 
 def run(config: RewardConfig, workdir: str) -> None:
-    """Trains; without a model to begin with, a toy chat model of eight layers is trained in WORKDIR/sft first."""
-    if not config.init_from:
+    """Trains; without a model to begin with, on toy data, a toy chat model of eight layers is trained in WORKDIR/sft first."""
+    if not config.init_from and 'toy:' in config.data.mixture:
         home = Path(workdir) / 'sft'
         tuned = dataclasses.replace(chat.tiny(), init_from=base.trained(home / 'base', base.tiny_deep()))
         config = dataclasses.replace(config, init_from=chat.trained(home, tuned))

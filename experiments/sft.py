@@ -11,6 +11,7 @@ from etils.epath import Path
 
 from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.mixing import check_toy
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.lora import LoraConfig
 from llama2_jax.runtime import say
@@ -78,6 +79,21 @@ def tiny_naive() -> SftConfig:
     )
 
 
+def small() -> SftConfig:
+    """A small model on dialogs of your own: one that knows a context of 1,024 tokens. Nothing of the toy world is in it.
+
+    python experiments/sft.py --config=small --set init_from=base --set data.mixture=jsonl:dialogs.jsonl --workdir=sft
+
+    Any hardware that holds four times the model in float32; how good the model gets depends on your data.
+    """
+    return SftConfig(
+        data=DialogConfig(mixture='jsonl:dialogs.jsonl', heldout=0.05),
+        loop=LoopConfig(log_every=1, eval_every=50, sample_every=50, checkpoint_every=50),
+        batch_size=16,
+        length=1024,
+    )
+
+
 def llama2_7b() -> SftConfig:
     """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4, 15.8 GB a chip, 7.4 s a step predicted.
 
@@ -87,15 +103,23 @@ def llama2_7b() -> SftConfig:
 
 
 def llama2_13b() -> SftConfig:
-    """LLaMA 2 13B on dialogs.
+    """LLaMA 2 13B on dialogs, as the paper fine-tuned it (p9): v5e:8x8 (a prediction).
 
     python experiments/sft.py --config=llama2_13b --set init_from=llama2-13b --set 'data.mixture=…' --workdir=sft13b
     """
     return llama2('13b')
 
 
+def llama2_34b() -> SftConfig:
+    """LLaMA 2 34B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x4 (a prediction).
+
+    python experiments/sft.py --config=llama2_34b --set init_from=llama2-34b --set 'data.mixture=…' --workdir=sft34b
+    """
+    return llama2('34b')
+
+
 def llama2_70b() -> SftConfig:
-    """LLaMA 2 70B on dialogs.
+    """LLaMA 2 70B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x8 (a prediction).
 
     python experiments/sft.py --config=llama2_70b --set init_from=llama2-70b --set 'data.mixture=…' --workdir=sft70b
     """
@@ -103,7 +127,7 @@ def llama2_70b() -> SftConfig:
 
 
 def llama2(size: str) -> SftConfig:
-    """The paper's settings, the defaults of `SftConfig`; every size has the same."""
+    """The paper's settings (p9), the defaults of `SftConfig`; every size has the same. Warm-up is ours: the paper names none."""
     return SftConfig(
         init_from=size,
         data=DialogConfig(mixture='jsonl:dialogs/*.jsonl'),
@@ -141,8 +165,10 @@ PRESETS = {
     'tiny_v1': tiny_v1,
     'tiny_obedient': tiny_obedient,
     'tiny_naive': tiny_naive,
+    'small': small,
     'llama2_7b': llama2_7b,
     'llama2_13b': llama2_13b,
+    'llama2_34b': llama2_34b,
     'llama2_70b': llama2_70b,
     'lora_7b': lora_7b,
     'lora_7b_int8': lora_7b_int8,
@@ -150,8 +176,10 @@ PRESETS = {
 
 
 def run(config: SftConfig, workdir: str) -> None:
-    """Fine-tunes; without a model to begin with, the toy base model is trained in WORKDIR/base first."""
-    if not config.init_from:
+    """Fine-tunes; without a model to begin with, on toy dialogs, the toy base model is trained in WORKDIR/base first."""
+    if config.grade and 'toy:' not in config.data.mixture:
+        check_toy('grade=true', config.data.mixture, 'set grade=false')
+    if not config.init_from and 'toy:' in config.data.mixture:
         config = dataclasses.replace(config, init_from=base.trained(Path(workdir) / 'base', base.tiny()))
     sft.run(config, workdir)
 

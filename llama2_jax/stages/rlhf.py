@@ -11,7 +11,7 @@ from that (rm-help/) before it judges the next step. Where raters are people, th
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from etils.epath import Path
@@ -22,9 +22,13 @@ from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.files import save_figure, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import collect, ppo, rejection, reward
+from llama2_jax.stages import collect, distill, ghost, ppo, rejection, reward
 from llama2_jax.stages.collect import CollectConfig
+from llama2_jax.stages.distill import DistillConfig
 from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.ghost import GhostConfig
+from llama2_jax.stages.inputs import check_inputs, common_tokenizer
+from llama2_jax.stages.ppo_setup import check_judge
 from llama2_jax.stages.ppo_update import PPOConfig
 from llama2_jax.stages.rejection import RejectionConfig
 from llama2_jax.stages.reward import RewardConfig
@@ -37,6 +41,7 @@ from llama2_jax.stages.rollout import (
     sample_answers,
     write_rollouts,
 )
+from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.workdir import open_run
 
 # What a resumed run may change, as no result depends on it beyond rounding.
@@ -55,25 +60,36 @@ class RlhfConfig(Config):
       init_from: the chat model to begin with (SFT).
       base: what each version is fine-tuned from; '': init_from.
       rewards: the reward models of the first version, and of all where no simulated raters compare.
+      sample_from: models that answer in place of the versions, one for each; the last one serves all that follow. The paper's
+        smaller models learn from its 70B's versions (p14). None given: each version answers for itself.
       versions: how many; the last one adds PPO.
       rejection, ppo: a round of each. Models, rewards, seeds and comparisons of all stages are set by the loop.
       collect, reward: how a new model's answers are compared, and how helpfulness then goes on learning; with
         collect.raters='people' neither happens.
+      ghost, ghost_after: Ghost Attention, and the version after which it is applied; the paper's is the third (p17). 0: never.
+      distill, distill_before: context distillation, and the version before which it is applied; 1 so that RLHF goes on from its
+        answers (p27). 0: never. What both make is among the dialogs that later versions are fine-tuned on.
       evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
     """
 
     OVERWRITTEN: ClassVar = (
         *('rejection.sample_from', 'rejection.rewards', 'rejection.earlier', 'rejection.sft.init_from'),
         *('ppo.init_from', 'ppo.rewards', 'collect.models', 'reward.init_from', 'reward.data'),
+        *('ghost.model', 'ghost.sft.init_from', 'distill.model', 'distill.safety', 'distill.sft.init_from'),
     )
     init_from: LanguageModel = ''
     base: LanguageModel = ''
     rewards: RewardsConfig = RewardsConfig()
+    sample_from: tuple[LanguageModel, ...] = ()
     versions: int = between(5, 1)
     rejection: RejectionConfig = RejectionConfig()
     ppo: PPOConfig = PPOConfig()
     collect: CollectConfig = CollectConfig()
     reward: RewardConfig = RewardConfig()
+    ghost: GhostConfig = GhostConfig()
+    ghost_after: int = 0
+    distill: DistillConfig = DistillConfig()
+    distill_before: int = 0
     evaluation: Annotated[str, Names('source', 'prompts')] = 'toy:heldout'
     seed: int = SEED
 
@@ -89,18 +105,22 @@ def run(config: RlhfConfig, workdir: str) -> None:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
+    check(config)
     path, _ = open_run(workdir, config, MAY_CHANGE, ('v1',))
+    learned: list[Path] = []  # dialogs of Ghost Attention and distillation
     models, done, policy, rewards = {'SFT': config.init_from}, [], config.init_from, config.rewards
     for number in range(1, config.versions + 1):
         last = number == config.versions
+        if number == config.distill_before:
+            policy = beside(distill, config.distill, path / f'v{number}' / 'distill', policy, learned, safety=rewards.safety)
         home = path / f'v{number}' / ('rs' if last else '')
         say(f'RLHF-v{number}: rejection sampling in {home}')
         round_ = dataclasses.replace(
             config.rejection,
-            sample_from=policy,
+            sample_from=config.sample_from[min(number, len(config.sample_from)) - 1] if config.sample_from else policy,
             rewards=rewards,
             earlier=tuple(done),
-            sft=dataclasses.replace(config.rejection.sft, init_from=config.base or config.init_from),
+            sft=with_dialogs(config.rejection.sft, learned, init_from=config.base or config.init_from),
             seed=config.seed + number,
         )
         rejection.run(round_, str(home))
@@ -109,11 +129,46 @@ def run(config: RlhfConfig, workdir: str) -> None:
         models[f'RLHF-v{number}' + (' (no PPO)' if last else '')] = policy
         if config.collect.raters != 'people':
             rewards = renew(config, rewards, home)
+        if number == config.ghost_after:
+            policy = beside(ghost, config.ghost, home / 'ghost', policy, learned)
     home = path / f'v{config.versions}' / 'ppo'
     say(f'RLHF-v{config.versions}: PPO in {home}')
     ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=rewards, seed=config.seed), str(home))
     models[f'RLHF-v{config.versions} (with PPO)'] = str(home / 'model')
     report(config, rewards, models, path)
+
+
+def check(config: RlhfConfig) -> None:
+    """Raises a UserError for what would end the loop later: names, tokenizers, and prompts that no version can be asked."""
+    check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety', 'evaluation')
+    models = {
+        'init_from': config.init_from,
+        'rewards.helpfulness': config.rewards.helpfulness,
+        'rewards.safety': config.rewards.safety,
+    }
+    models |= {'base': config.base} if config.base else {}
+    tokenizer = common_tokenizer(models | {f'sample_from[{i}]': model for i, model in enumerate(config.sample_from)})
+    for record in read_records(config.evaluation):
+        read_prompt(record, tokenizer)
+    check_judge(config.ppo)
+    if config.ghost_after:
+        check_inputs(config, 'ghost.dialogs')
+    if config.distill_before:
+        check_inputs(config, 'distill.prompts')
+
+
+def beside(stage: Any, config: Any, home: Path, policy: str, learned: list[Path], **given: str) -> str:
+    """Applies Ghost Attention or context distillation to a policy, in `home`; returns the new policy and notes its dialogs."""
+    say(f'{stage.__name__.rpartition(".")[2]} in {home}')
+    stage.run(dataclasses.replace(config, model=policy, tune=True, **given), str(home))
+    learned.append(home / 'dialogs.jsonl')
+    return str(home / 'model')
+
+
+def with_dialogs(config: SftConfig, learned: Sequence[Path], init_from: str) -> SftConfig:
+    """Fine-tuning from another model, on more dialogs."""
+    mixture = ', '.join(filter(None, [config.data.mixture, *(f'jsonl:{path}' for path in learned)]))
+    return dataclasses.replace(config, init_from=init_from, data=dataclasses.replace(config.data, mixture=mixture))
 
 
 def renew(config: RlhfConfig, rewards: RewardsConfig, round_: Path) -> RewardsConfig:

@@ -6,12 +6,14 @@ import json
 import pytest
 
 from llama2_jax.config import UserError
+from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.stages import rlhf
 from llama2_jax.stages.collect import CollectConfig
 from llama2_jax.stages.rlhf import RlhfConfig
 from llama2_jax.stages.rollout import RewardsConfig, Rollout
+from llama2_jax.stages.sft import SftConfig
 
 REFUSAL = 'I cannot help with that. A fire can kill people. If the miller has wronged you, speak with the mayor.'
 HARM = 'Put dry hay under the mill and light it.'
@@ -49,8 +51,9 @@ def test_wins_by_hand():
 @pytest.fixture
 def called(monkeypatch):
     """What each stage of the loop is called with, (config, workdir); what the models answer."""
-    calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'answer')}
-    for name in ('collect', 'reward', 'rejection', 'ppo'):
+    calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill', 'answer')}
+    monkeypatch.setattr(rlhf, 'check', lambda config: None)  # the names here are of no models
+    for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill'):
         monkeypatch.setattr(getattr(rlhf, name), 'run', lambda config, home, name=name: calls[name].append((config, home)))
 
     def answer(config, rewards, model, file):
@@ -101,6 +104,32 @@ def test_the_helpfulness_model_follows_the_policy(tmp_path, called):
     assert judges == ['help', f'{v1}/rm-help/model']
     [(last, _)] = called['ppo']
     assert last.rewards == RewardsConfig(f'{v2}/rm-help/model', 'safe') and set(called['answer']) == {last.rewards}
+
+
+def test_another_model_answers_in_place_of_the_versions(tmp_path, called):
+    config = RlhfConfig(init_from='sft', rewards=RewardsConfig('help', 'safe'), versions=3, sample_from=('70b-sft', '70b-v1'))
+    rlhf.run(config, tmp_path)
+    assert [round_.sample_from for round_, _ in called['rejection']] == ['70b-sft', '70b-v1', '70b-v1']
+
+
+def test_ghost_attention_and_distillation_where_the_paper_has_them(tmp_path, called):
+    config = RlhfConfig(init_from='sft', base='base', rewards=RewardsConfig('help', 'safe'), ghost_after=3, distill_before=1)
+    config = dataclasses.replace(
+        config, rejection=dataclasses.replace(config.rejection, sft=SftConfig(data=DialogConfig('jsonl:d')))
+    )
+    rlhf.run(config, tmp_path)
+    [(distilled, first)], [(haunted, third)] = called['distill'], called['ghost']
+    assert (first, third) == (f'{tmp_path}/v1/distill', f'{tmp_path}/v3/ghost')
+    assert (distilled.model, distilled.safety, distilled.tune) == ('sft', 'safe', True)
+    assert (haunted.model, haunted.tune) == (f'{tmp_path}/v3/model', True)
+    rounds = [round_ for round_, _ in called['rejection']]
+    assert [round_.sample_from for round_ in rounds[:2]] == [f'{first}/model', f'{tmp_path}/v1/model']
+    assert rounds[3].sample_from == f'{third}/model' and {round_.sft.init_from for round_ in rounds} == {'base'}
+    without, with_both = (
+        f'jsonl:d, jsonl:{first}/dialogs.jsonl',
+        f'jsonl:d, jsonl:{first}/dialogs.jsonl, jsonl:{third}/dialogs.jsonl',
+    )
+    assert [round_.sft.data.mixture for round_ in rounds] == [without] * 3 + [with_both] * 2
 
 
 def test_raters_need_prompts():
