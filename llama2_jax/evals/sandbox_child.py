@@ -1,11 +1,15 @@
-"""The other side of `evals.sandbox`: locks itself in, then runs the program that comes on its standard input. Needs Linux.
+"""The other side of `evals.sandbox`: locks itself in, then runs a program in one process and its tests in another. Needs Linux.
 
-python -I sandbox_child.py '{"folder": …, "uid": …, "seconds": …, "memory": …, "processes": …, "readable": […], "result": fd, …}'
+python -I sandbox_child.py '{"folder": …, "uid": …, "seconds": …, "memory": …, "processes": …, "code": fd, "result": fd, …}'
 
-Every lock is tried; what cannot be had is reported by name. Nothing of the package is imported: it is not there inside.
+Every lock is tried; what cannot be had is reported by name. Of the package only `sandbox_values` is imported: the rest is not
+there inside.
 """
 
+import builtins
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import platform
@@ -14,7 +18,14 @@ import signal
 import struct
 import sys
 
+sys.path.insert(0, os.path.dirname(__file__))
+from sandbox_values import OPERATIONS, Gone, Peer  # noqa: E402
+
+del sys.path[0]
+
 FILE_BYTES = 16 * 2**20  # a file may have, and four times that all files together
+FILES = 4096  # may exist at a time
+RESULT = 4000  # bytes of the outcome, at most
 MACHINE = platform.machine()
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
@@ -24,18 +35,25 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 4096, 163
 # Numbers of system calls that differ, and the architecture as seccomp spells it.
 NUMBERS = {
     'x86_64': (0xC000003E, {'pivot_root': 155, 'ptrace': 101, 'kill': 62, 'tkill': 200, 'tgkill': 234, 'socket': 41,
-                            'socketpair': 53, 'connect': 42, 'bind': 49, 'mount': 165, 'umount2': 166, 'chroot': 161,
+                            'connect': 42, 'bind': 49, 'mount': 165, 'umount2': 166, 'chroot': 161, 'clone': 56,
                             'unshare': 272, 'setns': 308, 'keyctl': 250, 'add_key': 248, 'request_key': 249,
                             'process_vm_readv': 310, 'process_vm_writev': 311, 'rt_sigqueueinfo': 129,
-                            'rt_tgsigqueueinfo': 297, 'perf_event_open': 298, 'bpf': 321, 'userfaultfd': 323}),
+                            'rt_tgsigqueueinfo': 297, 'perf_event_open': 298, 'bpf': 321, 'userfaultfd': 323,
+                            'shmget': 29, 'shmat': 30, 'semget': 64, 'msgget': 68, 'memfd_create': 319, 'mq_open': 240,
+                            'open_by_handle_at': 304, 'kcmp': 312}),
     'aarch64': (0xC00000B7, {'pivot_root': 41, 'ptrace': 117, 'kill': 129, 'tkill': 130, 'tgkill': 131, 'socket': 198,
-                             'socketpair': 199, 'connect': 203, 'bind': 200, 'mount': 40, 'umount2': 39, 'chroot': 51,
+                             'connect': 203, 'bind': 200, 'mount': 40, 'umount2': 39, 'chroot': 51, 'clone': 220,
                              'unshare': 97, 'setns': 268, 'keyctl': 219, 'add_key': 217, 'request_key': 218,
                              'process_vm_readv': 270, 'process_vm_writev': 271, 'rt_sigqueueinfo': 138,
-                             'rt_tgsigqueueinfo': 240, 'perf_event_open': 241, 'bpf': 280, 'userfaultfd': 282}),
+                             'rt_tgsigqueueinfo': 240, 'perf_event_open': 241, 'bpf': 280, 'userfaultfd': 282,
+                             'shmget': 194, 'shmat': 196, 'semget': 190, 'msgget': 186, 'memfd_create': 279, 'mq_open': 180,
+                             'open_by_handle_at': 265, 'kcmp': 272}),
 }  # fmt: skip
-COMMON = {'pidfd_send_signal': 424, 'io_uring_setup': 425, 'open_tree': 428, 'move_mount': 429, 'fsopen': 430}
-MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
+COMMON = {'pidfd_send_signal': 424, 'io_uring_setup': 425, 'io_uring_enter': 426, 'io_uring_register': 427, 'open_tree': 428,
+          'move_mount': 429, 'fsopen': 430, 'fsconfig': 431, 'fsmount': 432, 'fspick': 433, 'pidfd_getfd': 438,
+          'process_madvise': 440, 'mount_setattr': 442, 'memfd_secret': 447}  # fmt: skip
+CLONE3, MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 435, 442, 444, 445, 446
+CLONE_NEW = 0x7E020080  # every namespace
 
 
 def call(number: int, *arguments) -> int:
@@ -54,15 +72,19 @@ def checked(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def enter_namespaces() -> None:
-    """No network, no other processes, no mounts of others; without root inside a user namespace."""
+def enter_namespaces(other: int, folder: str) -> None:
+    """No network, no other processes, no mounts of others; without the right to do so inside a user namespace."""
     kinds = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
+    if LIBC.unshare(kinds) == 0:
+        return
+    if os.getuid() == 0 and readable_by_all(folder):
+        become(other)  # while it can be done: inside the user namespace there is no other user
+        LIBC.prctl(4, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))  # to write the maps below
     uid, gid = os.getuid(), os.getgid()
-    checked(LIBC.unshare(kinds if uid == 0 else kinds | CLONE_NEWUSER))
-    if uid != 0:
-        for name, text in (('setgroups', 'deny'), ('uid_map', f'{uid} {uid} 1'), ('gid_map', f'{gid} {gid} 1')):
-            with open(f'/proc/self/{name}', 'w') as file:
-                file.write(text)
+    checked(LIBC.unshare(kinds | CLONE_NEWUSER))
+    for name, text in (('setgroups', 'deny'), ('uid_map', f'{uid} {uid} 1'), ('gid_map', f'{gid} {gid} 1')):
+        with open(f'/proc/self/{name}', 'w') as file:
+            file.write(text)
 
 
 def enter_root(folder: str, readable: list[str]) -> None:
@@ -70,7 +92,7 @@ def enter_root(folder: str, readable: list[str]) -> None:
     mount(None, '/', None, MS_REC | MS_PRIVATE)
     mount('none', folder, 'tmpfs', MS_NOSUID | MS_NODEV, 'mode=755,size=1m')
     os.mkdir(f'{folder}/tmp')  # first: the interpreter may lie in there
-    mount('none', f'{folder}/tmp', 'tmpfs', MS_NOSUID | MS_NODEV, f'mode=1777,size={4 * FILE_BYTES}')
+    mount_temporary(f'{folder}/tmp')
     for path in readable:
         inside = folder + path
         if os.path.islink(path):  # such as /lib -> usr/lib
@@ -85,6 +107,7 @@ def enter_root(folder: str, readable: list[str]) -> None:
         os.makedirs(f'{folder}/dev', exist_ok=True)
         os.close(os.open(f'{folder}/dev/{name}', os.O_CREAT | os.O_WRONLY, 0o644))
         mount(f'/dev/{name}', f'{folder}/dev/{name}', None, MS_BIND)
+    os.symlink('/tmp', f'{folder}/dev/shm')  # semaphores of multiprocessing
     attributes = struct.pack('QQQQ', MS_RDONLY, 0, 0, 0)
     call(MOUNT_SETATTR, -100, folder.encode(), 0, attributes, len(attributes))
     os.chdir(folder)
@@ -93,31 +116,55 @@ def enter_root(folder: str, readable: list[str]) -> None:
     os.chdir('/tmp')
 
 
+def mount_temporary(path: str) -> None:
+    """A file system in memory, of limited size."""
+    mount('none', path, 'tmpfs', MS_NOSUID | MS_NODEV, f'mode=1777,size={4 * FILE_BYTES},nr_inodes={FILES}')
+    os.chdir(path)
+
+
 def mount(source, target, kind, flags, data=None) -> None:
     """mount(2)."""
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
     checked(LIBC.mount(*texts, ctypes.c_ulong(flags), None if data is None else data.encode()))
 
 
+def readable_by_all(folder: str) -> bool:
+    """Whether another user can reach the interpreter and the folder."""
+    for path in (os.path.dirname(os.__file__), sys.executable, folder):
+        while path != '/':
+            path = os.path.dirname(path)
+            if not os.stat(path).st_mode & 1:
+                return False
+    return True
+
+
+def become(uid: int) -> None:
+    """Another user, to whom nothing belongs."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
 def drop_privileges(uid: int, inside: str) -> None:
-    """Another user, whom nothing belongs to, where this is root; and no capabilities.
+    """Another user, to whom nothing belongs, where this is root; and no capabilities.
 
     Raises:
-      ValueError: the other user could not read the interpreter, so only the capabilities are gone.
+      ValueError: the process stays the user that it is, so only the capabilities are gone.
+      OSError: likewise.
     """
-    library, open_to_all = os.path.dirname(os.__file__), True
-    while inside != '/tmp' and library != '/':
-        open_to_all &= bool(os.stat(library).st_mode & 1)
-        library = os.path.dirname(library)
-    if os.getuid() == 0 and open_to_all:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+    problem = None
+    if os.getuid() == 0:
+        try:
+            if inside != '/tmp' and not readable_by_all(inside):
+                raise ValueError(f'only this user can read the interpreter in {sys.base_prefix}')
+            become(uid)
+        except (OSError, ValueError) as error:
+            problem = error
     header, nothing = struct.pack('Ii', 0x20080522, 0), bytes(24)
     checked(LIBC.capset(header, nothing))
     no_new_privileges()
-    if os.getuid() == 0:
-        raise ValueError(f'only this user can read the interpreter in {sys.base_prefix}')
+    if problem:
+        raise problem
 
 
 def no_new_privileges() -> None:
@@ -135,6 +182,7 @@ def limit(seconds: int, memory: int, processes: int) -> None:
         resource.RLIMIT_NPROC: processes,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
     }
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
@@ -157,13 +205,21 @@ def landlock(folder: str, readable: list[str]) -> None:
     os.close(ruleset)
 
 
-def seccomp() -> None:
-    """Sockets, signals to others, tracing, mounts and the like fail with EPERM."""
+def seccomp(alone: bool) -> None:
+    """Sockets, tracing, mounts, namespaces, memory that no limit counts and the like fail with EPERM.
+
+    Args:
+      alone: No other process can be seen, so that signals are harmless; multiprocessing sends them.
+    """
     architecture, numbers = NUMBERS[MACHINE]
-    denied = sorted({**numbers, **COMMON}.values())
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    clone = numbers['clone']
+    free = {'clone', 'kill', 'tkill', 'tgkill'} if alone else {'clone'}
+    denied = sorted(number for name, number in {**numbers, **COMMON}.items() if name not in free)
+    load, equal, at_least, some, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    program += [(equal, 0, 1, CLONE3), (give, 0, 0, absent)]  # its flags lie in memory; the C library then takes clone
+    program += [(equal, 0, 3, clone), (load, 0, 0, 16), (some, len(denied) + 3, 0, CLONE_NEW), (give, 0, 0, allow)]
     program.append((at_least, len(denied) + 1, 0, 0x40000000))  # x86_64's second set of numbers
     program += [(equal, len(denied) - index, 0, number) for index, number in enumerate(denied)]
     program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
@@ -173,50 +229,95 @@ def seccomp() -> None:
     checked(LIBC.prctl(22, ctypes.c_ulong(2), ctypes.c_char_p(wanted), ctypes.c_ulong(0), ctypes.c_ulong(0)))
 
 
-def audit(folder: str) -> None:
-    """The second line: what a program has no business with raises inside Python already."""
-    real = os.path.realpath
-    forbidden = ('socket.', 'subprocess.', 'os.system', 'os.exec', 'os.posix_spawn', 'os.kill', 'os.putenv', 'ctypes.', 'ftplib.')
-    forbidden += ('os.chmod', 'os.chown', 'os.link', 'os.symlink', 'pty.', 'sys.addaudithook', 'urllib.', 'winreg.')
+class Names(dict):
+    """Global names of the tests: theirs, the program's functions, and modules that tests expect the program to import.
 
-    def hook(event: str, arguments: tuple) -> None:
-        if event.startswith(forbidden):
-            raise PermissionError(f'{event} is not allowed here')
-        if event == 'open' and isinstance(arguments[0], str | bytes) and _writes(arguments):
-            path = real(os.fsdecode(arguments[0]))
-            if not path.startswith(folder.rstrip('/') + '/') and path != '/dev/null':
-                raise PermissionError(f'{path} may not be written')
+    Of the program's names only those that it was asked for are used: its own `math` or `abs` could say anything.
+    """
 
-    sys.addaudithook(hook)
+    def __init__(self, peer: Peer, asked: list[str]):
+        super().__init__(__name__='tests')
+        self.peer, self.asked = peer, asked
 
-
-def _writes(arguments: tuple) -> bool:
-    _, mode, flags = arguments
-    return bool(set(mode or '') & set('wax+')) or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    def __missing__(self, name: str):
+        if name in self.asked:
+            self[name] = self.peer.ask('global', name)
+        elif name in sys.stdlib_module_names and not hasattr(builtins, name):
+            self[name] = importlib.import_module(name)
+        else:
+            raise KeyError(name)
+        return self[name]
 
 
-def run(settings: dict, code: str, missing: dict, inside: str) -> None:
-    """The innermost process: the last locks, then the program. Its token is written only if it comes to its end."""
-    token, own = settings.pop('token'), os.getpid()
-    readable, off = settings['readable'], settings['off']
+def run_checker(settings: dict, peer: Peer, missing: dict) -> None:
+    """Runs the tests, for which the program's functions are `Remote`s, and writes the outcome where only this process can."""
+    tests = _read(settings['tests'])
+    try:
+        kind, locks = peer.receive()  # what the program's process says before it runs any of the program
+        missing = {**missing, **locks}
+        peer.ask('load')
+        exec(compile(tests, 'tests.py', 'exec'), Names(peer, settings['names']))
+        outcome = 'passed'
+    except Gone as error:
+        outcome = str(error)
+    except BaseException as error:  # SystemExit too: a program that leaves early has not passed
+        outcome = f'{type(error).__name__}: {_text(error)}'
+    os.write(settings['result'], (json.dumps(missing) + '\n' + outcome).encode(errors='replace')[:RESULT])
+    os._exit(0)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:200]
+    except BaseException:
+        return ''
+
+
+def _read(descriptor: int) -> str:
+    with open(descriptor, 'rb') as file:
+        return file.read().decode()
+
+
+def run_code(settings: dict, peer: Peer, missing: dict) -> None:
+    """Runs the program, then does what the tests ask of it."""
+    code, own = _read(settings['code']), os.getpid()
+    module = sys.modules['__main__'] = type(sys)('__main__')  # where pickle looks for the program's functions
+    space = vars(module)
+
+    def load():
+        exec(compile(code, 'program.py', 'exec'), space)
+        if os.getpid() != own:  # a child of the program
+            os._exit(0)
+
+    peer.operations = {**OPERATIONS, 'load': load, 'global': space.__getitem__}
+    peer.send(['locks', missing])
+    while True:
+        message = peer.receive()
+        peer.answer(message)
+        if os.getpid() != own:
+            os._exit(0)
+
+
+def innermost(settings: dict, missing: dict, inside: str, uid: int, role) -> None:
+    """One of the two processes: the last locks, then what it is there for."""
+    off = settings['off']
+    dies_with_parent()
     for name, lock in (
         ('limits', lambda: limit(settings['seconds'], settings['memory'], settings['processes'])),
-        ('privileges', lambda: drop_privileges(settings['uid'], inside)),
-        ('landlock', lambda: (no_new_privileges(), landlock(inside, readable))),
-        ('seccomp', lambda: (no_new_privileges(), seccomp())),
+        ('privileges', lambda: drop_privileges(uid, inside)),
+        ('landlock', lambda: (no_new_privileges(), landlock(inside, settings['readable']))),
+        ('seccomp', lambda: (no_new_privileges(), seccomp('namespaces' not in missing))),
     ):
         attempt(name, lock, missing, off)
-    attempt('audit', lambda: audit(inside), missing, off)
-    result = settings['result']
-    os.write(result, (json.dumps(missing) + '\n').encode())
-    try:
-        exec(compile(code, 'program.py', 'exec'), {'__name__': '__main__'})
-        outcome = f'passed {token}'
-    except BaseException as error:  # SystemExit too: a program that leaves early has not passed
-        outcome = f'{type(error).__name__}: {str(error)[:200]}'
-    if os.getpid() == own:  # and not a child of the program
-        os.write(result, outcome.encode(errors='replace'))
+    LIBC.prctl(4, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))  # no process may look into this one
+    with contextlib.suppress(Gone):
+        role()
     os._exit(0)
+
+
+def dies_with_parent() -> None:
+    """No process of the sandbox is left behind."""
+    LIBC.prctl(1, ctypes.c_ulong(signal.SIGKILL), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
 
 def attempt(name: str, lock, missing: dict, off: list[str]) -> bool:
@@ -232,14 +333,23 @@ def attempt(name: str, lock, missing: dict, off: list[str]) -> bool:
 
 
 def main() -> None:
-    """Process A enters the namespaces; B, the first process in them, waits for C, which runs the program; B's end ends all."""
+    """Process A enters the namespaces; B, the first process in them, starts the checker and the program and waits for both.
+
+    B's end ends all. Whatever only the checker may have is closed before the program's process begins, and the program's code
+    is read in that process alone.
+    """
     settings = json.loads(sys.argv[1])
-    code = sys.stdin.buffer.read().decode()
-    LIBC.prctl(1, ctypes.c_ulong(signal.SIGKILL), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))  # dies with its parent
+    for descriptor in settings['groups']:
+        os.write(descriptor, b'0')  # of this process and its children from here on
+        os.close(descriptor)
+    dies_with_parent()
     missing: dict[str, str] = {}
     inside, off = settings['folder'], settings['off']
     os.chdir(inside)
-    if attempt('namespaces', enter_namespaces, missing, off):
+    if settings['bubblewrap']:  # which has made the namespaces and the root directory
+        inside = '/tmp'
+        attempt('inodes', lambda: mount_temporary('/tmp'), missing, off)
+    elif attempt('namespaces', lambda: enter_namespaces(settings['uid'], inside), missing, off):
         if attempt('root', lambda: enter_root(inside, settings['readable']), missing, off):
             inside = '/tmp'
     else:
@@ -247,15 +357,33 @@ def main() -> None:
     os.dup2(os.open('/dev/null', os.O_RDWR), 0)
     first = os.fork()
     if first == 0:
-        LIBC.prctl(1, ctypes.c_ulong(signal.SIGKILL), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
-        inner = os.fork()
-        if inner == 0:
-            run(settings, code, missing, inside)
-        os.close(settings['result'])
-        os.waitpid(inner, 0)
+        dies_with_parent()
+        LIBC.prctl(36, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))  # adopts orphans
+        start_both(settings, missing, inside)
         os._exit(0)
-    os.close(settings['result'])
+    for name in ('result', 'tests', 'code'):
+        os.close(settings[name])
     os.waitpid(first, 0)
+
+
+def start_both(settings: dict, missing: dict, inside: str) -> None:
+    """The checker first: its files are closed when the program's process is made."""
+    to_program, to_checker = os.pipe(), os.pipe()
+    checker = os.fork()
+    if checker == 0:
+        os.close(settings['code'])
+        os.close(to_program[0])
+        os.close(to_checker[1])
+        peer = Peer(to_checker[0], to_program[1], {'call': OPERATIONS['call']})
+        innermost(settings, missing, inside, settings['uid'] + 1, lambda: run_checker(settings, peer, missing))
+    for descriptor in (settings['result'], settings['tests'], to_checker[0], to_program[1]):
+        os.close(descriptor)
+    if os.fork() == 0:
+        peer = Peer(to_program[0], to_checker[1], {})
+        innermost(settings, missing, inside, settings['uid'], lambda: run_code(settings, peer, missing))
+    for descriptor in (settings['code'], to_program[0], to_checker[1]):
+        os.close(descriptor)
+    os.waitpid(checker, 0)
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ def make_helpers(data_dir: str, run_generated_code: bool, toxicity: str, judges:
     return helpers
 
 
-def run_programs(programs: Sequence[str]) -> list[str]:
+def run_programs(programs: Sequence[sandbox.Program]) -> list[str]:
     """Their outcomes; a few run at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(sandbox.run_program, programs)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama2_jax.evals.files import Files
+from llama2_jax.evals.sandbox import Program
 from llama2_jax.evals.task import Decoding, Example, Given, Record, Task, passes
-from llama2_jax.evals.tasks.programs import program
+from llama2_jax.evals.tasks.programs import before, program
 
 MBPP_SHOTS = (2, 3, 4)  # their task ids, as in the paper of MBPP
 MBPP_TEST = range(11, 511)
@@ -25,11 +26,12 @@ def read_humaneval(files: Files, shots: int) -> list[Example]:
     return examples
 
 
-def humaneval_program(example: Example, text: str) -> str:
-    """A completion of the prompt, or a chat model's answer, with the tests behind it."""
+def humaneval_program(example: Example, text: str) -> Program:
+    """A completion of the prompt, or a chat model's answer, and the tests, which use the prompt's own helpers."""
     row = example.data
-    code = program(row['prompt'], text, [row['entry_point']])
-    return f'{code}\n{row["test"]}\ncheck({row["entry_point"]})\n'
+    name = row['entry_point']
+    tests = f'{before(row["prompt"], [name])}\n{row["test"]}\ncheck({name})\n'
+    return Program(program(row['prompt'], text, [name]), tests, (name,))
 
 
 def read_mbpp(files: Files, shots: int) -> list[Example]:
@@ -57,10 +59,13 @@ def mbpp_question(row: Mapping[str, Any]) -> str:
     )
 
 
-def mbpp_program(example: Example, text: str) -> str:
-    """A function with its tests behind it."""
+def mbpp_program(example: Example, text: str) -> Program:
+    """A function and its tests."""
     row = example.data
-    return '\n'.join([row.get('test_setup_code', ''), program('', text, asked_functions(row)), *row['test_list']])
+    tests = '\n'.join([row.get('test_setup_code', ''), *row['test_list']])
+    classes = re.findall(r'^class (\w+)', row['code'], re.MULTILINE)
+    asked = asked_functions(row)
+    return Program(program('', text, asked), tests, (*asked, *classes))
 
 
 def asked_functions(row: Mapping[str, Any]) -> list[str]:

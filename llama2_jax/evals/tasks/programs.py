@@ -35,7 +35,7 @@ def program(prompt: str, answer: str, names: Collection[str]) -> str:
     if whole:
         code = next((code for code in reversed(whole) if _written(code, names)), whole[-1])
         future = ''.join(_FUTURE.findall(code))  # must be the first statement
-        parts = [f'{future}{_before(prompt, names)}\n{_FUTURE.sub("", code)}', code]
+        parts = [f'{future}{before(prompt, names)}\n{_FUTURE.sub("", code)}', code]
     else:
         lead = answer if not blocks else _FENCE_LINE.split(answer, maxsplit=1)[0]
         bodies = [code for info, code in blocks if _PYTHON.fullmatch(info)]
@@ -105,7 +105,7 @@ def _written(code: str, names: Collection[str]) -> bool:
     return bool(tree) and not any(all(isinstance(line, empty) for line in function.body) for function in functions)
 
 
-def _before(prompt: str, names: Collection[str]) -> str:
+def before(prompt: str, names: Collection[str]) -> str:
     """The prompt's lines before the function asked for: imports and helpers."""
     pattern = '|'.join(map(re.escape, names))
     head = re.search(rf'^(?:@.*\n)*(?:async )?def (?:{pattern})\s*\(', prompt, re.MULTILINE)
