@@ -9,15 +9,16 @@ source "$(dirname "$0")/common.sh"
 bucket=''
 while [ $# -gt 0 ]; do
   case $1 in
-    --bucket) bucket=$2 && shift ;;
+    --bucket) value "$@" && bucket=$VALUE && shift ;;
     --dry_run) DRY_RUN=1 ;;
     --help) help ;;
     *) die "unknown argument $1; see --help." ;;
   esac
   shift
 done
+[ -z "$bucket" ] || name 'the bucket (--bucket)' "$bucket"
 load_pod
-export DRY_RUN
+export DRY_RUN POD ZONE PROJECT=${PROJECT:-} SLICES
 "$HERE/sync.sh"
 # uv brings Python 3.13, whatever the image has, and with it the newest of the two tested lines of versions.
 on_all 'set -e

@@ -5,7 +5,9 @@
 source "$(dirname "$0")/common.sh"
 
 only_dry_run "$@"
-if [ -n "$DRY_RUN" ] || gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" >/dev/null 2>&1; then
+STATE=unknown
+[ -n "$DRY_RUN" ] || describe || die "gcloud could not say whether $POD is there; the reason is above."
+if [ -n "$STATE" ]; then
   run gcloud compute tpus queued-resources delete "$POD" "${WHERE[@]}" --force --quiet
 else
   echo "$POD is not there."

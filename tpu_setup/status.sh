@@ -6,7 +6,7 @@ source "$(dirname "$0")/common.sh"
 
 only_dry_run "$@"
 run gcloud compute tpus queued-resources describe "$POD" "${WHERE[@]}" --format='value(state.state)'
-on_all 'if [ ! -f ~/job/pid ]; then what=idle
-elif kill -0 "$(cat ~/job/pid)" 2>/dev/null; then what=running
+on_all "$RUNNING"'if [ ! -f ~/job/pid ]; then what=idle
+elif running; then what=running
 else what="ended with code $(cat ~/job/rc 2>/dev/null || echo unknown)"; fi
 echo "$(hostname): $what: $(cat ~/job/command 2>/dev/null): $(tail -n 1 ~/job/log 2>/dev/null)"'

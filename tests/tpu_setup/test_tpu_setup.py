@@ -12,6 +12,7 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / 'tpu_setup'
 WHERE = '--zone=us-east5-a'
+HOSTILE = 'b; touch evil; #'
 
 
 class Pod:
@@ -33,7 +34,7 @@ class Pod:
     def __call__(self, script, *arguments, code=0, **variables):
         process = self.start(script, *arguments, **variables)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
+        assert code is None or process.returncode == code, err
         return out if not code else err
 
     def calls(self):
@@ -110,7 +111,7 @@ def test_create(pod, monkeypatch):
     assert verbs(pod.calls()) == ['describe', 'scp', 'ssh', 'ssh']
     (pod.fake / 'state').write_text('SUSPENDED\n')  # a spot pod that was taken away
     pod(*command)
-    assert verbs(pod.calls())[:3] == ['describe', 'delete', 'create']
+    assert verbs(pod.calls())[:4] == ['describe', 'delete', 'describe', 'create']
 
 
 def test_dry_run_prints_and_does_nothing(pod):
@@ -135,10 +136,81 @@ def test_dry_run_prints_and_does_nothing(pod):
         (('--zone', 'z'), "the type of pod is missing or unknown: ''"),
         (('v9-8', '--zone', 'z'), "the type of pod is missing or unknown: 'v9-8'"),
         (('v5p-8',), '--zone is missing, such as us-east5-a.'),
+        (('v5p-8', 'v5p-16', '--zone', 'z'), 'unknown argument v5p-16'),
+        (('v5p-8x', '--zone', 'z'), "the size of the pod in 'v5p-8x'"),
+        *(
+            (('v5p-8', '--zone', 'z', '--slices', bad), 'the number of slices')
+            for bad in ('two', '0', '-1', '1.5', '00', '99999')
+        ),
+        *((('v5p-8', flag), f'{flag} needs a value') for flag in ('--name', '--zone', '--project', '--slices', '--bucket')),
+        (('v5p-8', '--zone', '--spot'), '--zone needs a value'),
+        (('v5p-8', '--zone', 'z', '--name', 'my pod'), 'the name of the pod'),
+        *(
+            (('v5p-8', '--zone', 'z', flag, HOSTILE), word)
+            for flag, word in (
+                ('--name', 'the name of the pod'),
+                ('--zone', 'the zone'),
+                ('--project', 'the project'),
+                ('--bucket', 'the bucket'),
+                ('--slices', 'the number of slices'),
+            )
+        ),
+        (('v5p-8', '--zone', 'z', '--slices', 'A[$(touch evil)0]'), 'the number of slices'),
+        (('v5p-8', '--zone', 'z', '--name', '-x'), 'the name of the pod'),
     ],
 )
-def test_create_says_what_is_wrong(pod, arguments, message):
-    assert pod('create', *arguments, code=1).startswith(f'Error: {message}')
+@pytest.mark.parametrize('dry', [(), ('--dry_run',)], ids=['', 'dry'])
+def test_create_says_what_is_wrong(pod, arguments, message, dry):
+    assert pod('create', *dry, *arguments, code=1).startswith(f'Error: {message}')
+    assert sorted(path.name for path in pod.home.iterdir()) == ['fake'] and pod.calls() == []
+
+
+@pytest.mark.parametrize('variable', ['POD', 'ZONE', 'PROJECT', 'SLICES'])
+@pytest.mark.parametrize('script', ['create', 'bootstrap', 'sync', 'run', 'status', 'delete'])
+def test_where_the_pod_is_cannot_be_a_command(pod, script, variable):
+    good = {'POD': 'mine', 'ZONE': 'us-east5-a', 'PROJECT': 'p', 'SLICES': '1'}
+    arguments = {'create': ['v5p-8'], 'run': ['true']}.get(script, [])
+    assert variable in pod(script, *arguments, code=1, **good | {variable: HOSTILE})
+    (pod.home / 'pod.env').write_text(''.join(f'{key}={value}\n' for key, value in (good | {variable: HOSTILE}).items()))
+    if script != 'create':
+        assert variable in pod(script, *arguments, code=1)
+    assert sorted(path.name for path in pod.home.iterdir()) == ['fake', 'pod.env'] and pod.calls() == []
+
+
+def test_a_bucket_cannot_be_a_command(pod):
+    pod.settle()
+    assert 'the bucket' in pod('bootstrap', '--bucket', HOSTILE, code=1) and '--bucket needs' in pod(
+        'bootstrap', '--bucket', code=1
+    )
+    assert pod.calls() == [] and not list(pod.home.rglob('evil'))
+
+
+@pytest.mark.parametrize('key', ['BASH_ENV', 'LD_PRELOAD', 'PATH', 'A[$(touch evil)0]'])
+def test_pod_file_has_four_keys(pod, key):
+    pod.settle()
+    with open(pod.home / 'pod.env', 'a') as file:
+        file.write(f'{key}={pod.home}/evil.sh\n')
+    err = pod('status', code=1)
+    assert f"pod.env: unknown key '{key}'" in err and pod.calls() == [] and not list(pod.home.rglob('evil'))
+
+
+def test_create_waits_until_the_old_pod_is_gone(pod):
+    (pod.fake / 'state').write_text('DELETING\n')
+    pod('create', 'v5p-8', '--zone', 'us-east5-a', '--name', 'mine', code=None)
+    assert verbs(pod.calls())[:5] == ['describe', 'describe', 'create', 'describe', 'describe']
+
+
+def test_create_stops_when_it_cannot_know_or_gets_nothing(pod):
+    command = ('create', 'v5p-8', '--zone', 'us-east5-a', '--name', 'mine')
+    (pod.fake / 'broken').write_text('no rights')
+    err = pod(*command, code=1)
+    assert 'PERMISSION_DENIED: no rights' in err and 'mine' in err.splitlines()[-1]
+    assert verbs(pod.calls()) == ['describe'] * 5
+    assert 'PERMISSION_DENIED' in pod('delete', code=1) and (pod.home / 'pod.env').exists()
+    (pod.fake / 'broken').unlink()
+    pod.calls()
+    assert 'mine was not given' in pod(*command, code=1, GIVEN='FAILED')
+    assert verbs(pod.calls()) == ['describe', 'create', 'describe']
 
 
 def test_run_on_every_host_of_two_slices(pod):
@@ -158,6 +230,31 @@ def test_a_host_that_fails_fails_all(pod):
     pod.settle()
     err = pod('run', 'echo wrong; case $HOME in */1) false ;; esac', code=1)
     assert err.splitlines()[-1] == 'wrong' and 'ended with code 1:' in err
+
+
+def test_words_and_exit_codes_reach_the_hosts(pod):
+    pod.settle()
+    assert pod('run', 'printf', '%s|', 'a b', "it's", '$HOME', '; touch evil') == "a b|it's|$HOME|; touch evil|"
+    assert 'ended with code 7:' in pod('run', 'exit 7', code=7)
+    assert not list(pod.home.rglob('evil'))
+
+
+def test_stop_spares_a_process_that_has_the_number_of_an_old_job(pod):
+    pod.settle()
+    pod('run', 'true')
+    other = subprocess.Popen(['sleep', '60'], start_new_session=True)
+    for worker in '01':
+        (pod.fake / 'mine' / worker / 'job/pid').write_text(f'{other.pid}\n')
+    time.sleep(1.1)  # the times of the start are whole seconds
+    try:
+        pod('run', '--stop')
+        assert 'running' not in pod('status')
+        time.sleep(0.2)
+        assert other.poll() is None
+        assert pod('run', 'echo new') == 'new\n'
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_lost_connection_and_stop(pod):
