@@ -9,11 +9,13 @@ user, resource limits, Landlock and seccomp; memory and processes of a program a
 enforced. It is a fence against a model's mistakes and mischief, not against an expert with a new bug of the kernel.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import py_compile
 import select
 import shutil
 import signal
@@ -28,7 +30,8 @@ from pathlib import Path
 from llama2_jax.config import UserError
 from llama2_jax.evals.sandbox_limits import Watch, grouped
 
-CHILD = Path(__file__).with_name('sandbox_child.py')
+MODULES = ('sandbox_child', 'sandbox_values')
+START = 'import sys; sys.path.insert(0, sys.argv[1]); import sandbox_child; sandbox_child.main()'
 USERS = itertools.cycle(range(200_000, 260_000, 2))  # of nobody; two for each program, as limits on processes go by the user
 ANSWER = 4096  # bytes of the outcome, at most
 ENVIRONMENT = {'LANG': 'C.UTF-8', 'OPENBLAS_NUM_THREADS': '1', 'MALLOC_ARENA_MAX': '2'}
@@ -146,7 +149,7 @@ def attempt(program: Program, limits: Limits, off: tuple[str, ...] = ()) -> tupl
             'processes': limits.processes, 'off': off,
         }  # fmt: skip
         process = subprocess.Popen(
-            [*(_wrapped() if bubblewrap else [sys.executable, '-I', '-B', CHILD]), json.dumps(settings)],
+            [*(_wrapped() if bubblewrap else ()), *_child('/sandbox' if bubblewrap else _compiled()), json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -179,10 +182,37 @@ def _wrapped() -> list[str]:
         command += ['--symlink', os.readlink(path), path] if os.path.islink(path) else ['--ro-bind', path, path]
     for name in ('null', 'zero', 'urandom'):
         command += ['--dev-bind', f'/dev/{name}', f'/dev/{name}']
-    for path in CHILD.parent.glob('sandbox_*.py'):
-        command += ['--ro-bind', str(path), f'/sandbox/{path.name}']
-    command += ['--symlink', '/tmp', '/dev/shm', '--tmpfs', '/tmp', '--remount-ro', '/', '--chdir', '/tmp']
-    return [*command, sys.executable, '-I', '-B', f'/sandbox/{CHILD.name}']
+    command += [
+        '--ro-bind',
+        _compiled(),
+        '/sandbox',
+        '--symlink',
+        '/tmp',
+        '/dev/shm',
+        '--tmpfs',
+        '/tmp',
+        '--remount-ro',
+        '/',
+        '--chdir',
+        '/tmp',
+    ]
+    return command
+
+
+def _child(folder: str) -> list[str]:
+    return [sys.executable, '-I', '-B', '-c', START, folder]
+
+
+@cache
+def _compiled() -> str:
+    """A folder with the child's modules, compiled once and not for each program."""
+    folder = tempfile.mkdtemp(prefix='sandbox-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.chmod(folder, 0o755)
+    for name in MODULES:
+        py_compile.compile(str(Path(__file__).with_name(f'{name}.py')), f'{folder}/{name}.pyc', doraise=True)
+        os.chmod(f'{folder}/{name}.pyc', 0o644)
+    return folder
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The other side of `evals.sandbox`: locks itself in, then runs a program in one process and its tests in another. Needs Linux.
 
-python -I sandbox_child.py '{"folder": …, "uid": …, "seconds": …, "memory": …, "processes": …, "code": fd, "result": fd, …}'
+python -I -c '…; sandbox_child.main()' FOLDER '{"folder": …, "uid": …, "seconds": …, "memory": …, "code": fd, "result": fd, …}'
 
 Every lock is tried; what cannot be had is reported by name. Of the package only `sandbox_values` is imported: the rest is not
 there inside.
@@ -12,21 +12,17 @@ import ctypes
 import importlib
 import json
 import os
-import platform
 import resource
 import signal
 import struct
 import sys
 
-sys.path.insert(0, os.path.dirname(__file__))
-from sandbox_values import OPERATIONS, Gone, Peer  # noqa: E402
-
-del sys.path[0]
+from sandbox_values import OPERATIONS, Gone, Peer
 
 FILE_BYTES = 16 * 2**20  # a file may have, and four times that all files together
 FILES = 4096  # may exist at a time
 RESULT = 4000  # bytes of the outcome, at most
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
@@ -338,7 +334,8 @@ def main() -> None:
     B's end ends all. Whatever only the checker may have is closed before the program's process begins, and the program's code
     is read in that process alone.
     """
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[-1])
+    del sys.path[0]  # where this module and `sandbox_values` lay
     for descriptor in settings['groups']:
         os.write(descriptor, b'0')  # of this process and its children from here on
         os.close(descriptor)
@@ -384,7 +381,3 @@ def start_both(settings: dict, missing: dict, inside: str) -> None:
     for descriptor in (settings['code'], to_program[0], to_checker[1]):
         os.close(descriptor)
     os.waitpid(checker, 0)
-
-
-if __name__ == '__main__':
-    main()
