@@ -2,7 +2,7 @@
 
   reference   plain einsums; any platform, and what the others are tested against
   splash      JAX's Pallas kernel for TPU, which skips the masked blocks; lengths are padded to its blocks (`_padded`)
-  cudnn       cuDNN's fused kernel, on GPU; shapes and dtypes that it refuses go to the reference (`_refused_by_cudnn`)
+  cudnn       cuDNN's fused kernel, on GPU; dtypes and head sizes that it refuses go to the reference (`_refused_by_cudnn`)
 
 Query head h reads key head h // (H / G), as `repeat_interleave` does in Meta's code; scores are divided by sqrt(K) (recipe A.3).
 """
@@ -209,20 +209,16 @@ def _blockwise_backward(aligned, residuals, dout_BGRLK):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _refused_by_cudnn(q_BLHK: jax.Array, k_BMGK: jax.Array, masked: bool) -> str:
+def _refused_by_cudnn(q_BLHK: jax.Array) -> str:
     """Why cuDNN's kernel cannot be used, or an empty string (limits of `jax.nn.dot_product_attention` on every GPU since Ampere).
 
-    >>> _refused_by_cudnn(jnp.zeros((1, 8, 2, 12), jnp.bfloat16), jnp.zeros((1, 8, 2, 12), jnp.bfloat16), masked=False)
+    >>> _refused_by_cudnn(jnp.zeros((1, 8, 2, 12), jnp.bfloat16))
     'a head size of 12, which is not a multiple of 8 up to 128'
     """
-    lengths, K = (q_BLHK.shape[1], k_BMGK.shape[1]), q_BLHK.shape[3]
     if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
         return f'{q_BLHK.dtype}, which is neither bfloat16 nor float16'
-    if K % 8 or K > 128:
-        return f'a head size of {K}, which is not a multiple of 8 up to 128'
-    if masked and any(length % 2 for length in lengths):
-        return f'{" queries and ".join(map(str, lengths))} keys under a mask, which are not even'
-    return ''
+    K = q_BLHK.shape[3]
+    return f'a head size of {K}, which is not a multiple of 8 up to 128' if K % 8 or K > 128 else ''
 
 
 @cache
@@ -231,25 +227,35 @@ def _warn_once(text: str) -> None:
 
 
 def _cudnn(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
-    simple = segments_BL is None and shards == 1  # cuDNN then skips what the causal mask hides
-    if why := _refused_by_cudnn(q_BLHK, k_BMGK, not simple):
+    if why := _refused_by_cudnn(q_BLHK):
         _warn_once(f'Attention is computed without cuDNN, which does not support {why}.')
         return _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards)
-    mask = None if simple else _visible(q_BLHK.shape[1], k_BMGK.shape[1], segments_BL, segments_BM, shards)[:, None]
-    return jax.nn.dot_product_attention(q_BLHK, k_BMGK, v_BMGK, mask=mask, is_causal=simple, implementation='cudnn')
+    L, M = q_BLHK.shape[1], k_BMGK.shape[1]
+    q_size, kv_size = L + L % 2, M + M % 2  # its backward pass takes even lengths only
+    simple = segments_BL is None and shards == 1  # cuDNN then skips what the causal mask hides
+    mask_B1LM = None
+    if not simple:
+        mask_BML = _pad(_visible(L, M, segments_BL, segments_BM, shards).swapaxes(1, 2), kv_size)  # False: nothing sees padding
+        mask_B1LM = _pad(mask_BML.swapaxes(1, 2), q_size, 'edge')[:, None]
+    qkv = _pad(q_BLHK, q_size), _pad(k_BMGK, kv_size), _pad(v_BMGK, kv_size)
+    return jax.nn.dot_product_attention(*qkv, mask=mask_B1LM, is_causal=simple, implementation='cudnn')[:, :L]
+
+
+def _pad(x, size, mode='constant'):
+    """The array with `size` places on its second axis."""
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)), mode)
 
 
 def _splash(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1, interpret=False):
     _, L, H, K = q_BLHK.shape
     q_size, kv_size = (_padded(size) for size in (L, k_BMGK.shape[1]))
 
-    def pad(x, size, mode='constant'):
-        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)), mode)
-
     # Padding follows the real keys, so the causal mask hides it from real queries. Padded queries continue the last segment: they
     # see its last key, and no softmax is over nothing, whose gradients would not be finite. Their outputs are cut off.
-    ids = None if segments_BL is None else splash.SegmentIds(pad(segments_BL, q_size, 'edge'), pad(segments_BM, kv_size, 'edge'))
-    heads_first = [pad(x, size).swapaxes(1, 2) for x, size in ((q_BLHK * K**-0.5, q_size), (k_BMGK, kv_size), (v_BMGK, kv_size))]
+    ids = (
+        None if segments_BL is None else splash.SegmentIds(_pad(segments_BL, q_size, 'edge'), _pad(segments_BM, kv_size, 'edge'))
+    )
+    heads_first = [_pad(x, size).swapaxes(1, 2) for x, size in ((q_BLHK * K**-0.5, q_size), (k_BMGK, kv_size), (v_BMGK, kv_size))]
 
     def run(shard: int) -> jax.Array:
         mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((q_size, kv_size), offset=shard * L)] * H)
