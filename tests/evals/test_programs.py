@@ -79,7 +79,7 @@ def failing(problems):
 
 
 def test_right_answers_pass_in_every_form(problems):
-    some = [problems[number] for number in (*HELPERS, 0, 64, 129, 163)]
+    some = [problems[number] for number in (*HELPERS, 0, 115, 163)]
     assert failing(some) == ({}, len(some) * (len(FORMS) + 1))
 
 

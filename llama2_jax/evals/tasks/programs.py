@@ -98,10 +98,10 @@ def _defines(code: str, names: Collection[str]) -> bool:
 
 
 def _written(code: str, names: Collection[str]) -> bool:
-    """Whether it is Python, and no function asked for is left as it was in the prompt: a docstring alone."""
+    """Whether it is Python, and no function asked for is left as it was in the prompt: a docstring, perhaps with an import."""
     tree = _tree(code)
     functions = [node for node in tree.body if getattr(node, 'name', '') in names] if tree else []
-    empty = (ast.Expr, ast.Pass)
+    empty = (ast.Expr, ast.Pass, ast.Import, ast.ImportFrom)
     return bool(tree) and not any(all(isinstance(line, empty) for line in function.body) for function in functions)
 
 
