@@ -2,17 +2,15 @@
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama2_jax.config import UserError, nearest
 from llama2_jax.data import schemas, sources
+from llama2_jax.data.schemas import Fields, field, format_of, messages, number
 
 RATINGS = ('negligibly', 'slightly', 'better', 'significantly')  # by how much the chosen answer is better (paper p10)
-DROPS = ('tie', 'unsafe winner', 'no text')  # why a comparison is left out
-
-_TURN = re.compile(r'(?:\A|\n\n)(Human|Assistant):')  # of hh-rlhf
+DROPS = ('tie', 'unsafe winner', 'no text', 'one answer')  # why a comparison is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +42,38 @@ Read = tuple[list[Comparison], list[str]]  # of a row: comparisons, and the reas
 def read_comparisons(source: str) -> Iterator[tuple[str, Read]]:
     """The comparisons of each row of a source with its place ('a.jsonl:17'), those of one prompt together.
 
-    The format is that of the first row of each file, known by its fields:
+    Raises:
+      UserError: naming file and row: unknown fields, no common prompt, wrong roles, tags of the chat format.
+    """
+    for record in schemas.joined(sources.read_records(source), JOINS):
+        yield record.where, to_comparisons(record)
 
-    - prompt, chosen, rejected: messages or a user's text; an answer's text or messages; perhaps rating, chosen_safe and
-      rejected_safe;
-    - chosen, rejected: two transcripts, as text of '\\n\\nHuman: ' and '\\n\\nAssistant: ' turns (hh-rlhf) or as messages;
-      paired on the turns that they share;
-    - prompt, responses: ranked answers (InstructGPT), the best first or with ranks (0 is best); every two make a pair;
-    - OASST trees: the ranked answers of every question in them.
 
-    Dropped are ties, pairs with an unsafe winner and a safe loser (p10), and those with a message without text.
+def to_comparisons(record: sources.Record) -> Read:
+    """The comparisons of a row, and why others are left out.
+
+    Dropped are ties, pairs with an unsafe winner and a safe loser (p10), those with a message without text, and rows with one
+    answer.
 
     Raises:
-      UserError: naming file and row: unknown fields, a field missing, no common prompt, wrong roles, tags of the chat format.
+      UserError: naming the row: unknown fields, no common prompt, wrong roles, tags of the chat format.
     """
-    formats: dict[str, Callable[[schemas.Fields, str], list[Comparison | None]]] = {}
-    for record in sources.read_records(source):
-        if record.file not in formats:
-            formats[record.file] = _format(record)
-        kept, dropped = [], []
-        for comparison in formats[record.file](record.fields, record.where):
-            reason = 'tie' if comparison is None else _why_not(comparison)
-            if reason:
-                dropped.append(reason)
-                continue
-            for answer in (comparison.chosen, comparison.rejected):
-                schemas.check([*comparison.prompt, *answer], record.where)
-            kept.append(comparison)
-        yield record.where, (kept, dropped)
+    format = schemas.recognise(
+        record, FORMATS, 'preferences', "{'prompt': [{'role': 'user', 'content': …}], 'chosen': text, 'rejected': text}"
+    )
+    kept, dropped = [], []
+    found = format.convert(record.fields, record.where)
+    for comparison in found:
+        reason = comparison if isinstance(comparison, str) else 'tie' if comparison is None else _why_not(comparison)
+        if reason:
+            dropped.append(reason)
+            continue
+        for answer in (comparison.chosen, comparison.rejected):
+            schemas.check([*comparison.prompt, *answer], record.where)
+        if not any(message['role'] == 'user' for message in comparison.prompt):
+            raise UserError(f'{record.where}: the prompt has no message of the user.')
+        kept.append(comparison)
+    return kept, dropped if found else ['one answer']
 
 
 def _why_not(comparison: Comparison) -> str | None:
@@ -85,32 +87,35 @@ def _why_not(comparison: Comparison) -> str | None:
     return None
 
 
-def _format(record: sources.Record) -> Callable[[schemas.Fields, str], list[Comparison | None]]:
-    for needed, convert in _FORMATS:
-        if needed <= record.fields.keys():
-            return convert
-    raise UserError(
-        f'{record.where} has the fields {", ".join(record.fields) or "(none)"}, which are no known format of preferences; the '
-        "plainest one is {'prompt': [{'role': 'user', 'content': …}], 'chosen': text, 'rejected': text}."
-    )
+def _pair(asked: str):
+    """A prompt and two answers, which may hold the prompt once more."""
 
+    def convert(fields: Fields, where: str) -> list[Comparison | None]:
+        prompt = schemas.question(fields, asked, where)
+        whole = []
+        for name in ('chosen', 'rejected'):
+            value = field(fields, name, where)
+            if not isinstance(value, str | list | dict):
+                raise UserError(f'{where}: {name!r} is {value!r}, neither a text nor a list of objects.')
+            answer = (schemas.transcript(value) if isinstance(value, str) else None) or schemas.answer(value, where, name)
+            bare = [message for message in prompt if message['role'] != 'system']
+            again = next((start for start in (prompt, bare) if start and answer[: len(start)] == start), [])
+            whole.append([*prompt, *answer[len(again) :]])
+        safe = tuple(schemas.flag(fields, name, where) for name in ('chosen_safe', 'rejected_safe'))
+        if {'score_chosen', 'score_rejected'} <= fields.keys():
+            better, worse = (number(fields, name, where) for name in ('score_chosen', 'score_rejected'))
+            if better == worse:
+                return [None]
+            if better < worse:
+                raise UserError(f'{where}: the rejected answer has the higher score, {worse:g} against {better:g}.')
+        rating = _choice(fields, 'rating', RATINGS, where)
+        if prompt and prompt[-1]['role'] == 'user':
+            return [Comparison(prompt, *(dialog[len(prompt) :] for dialog in whole), rating, safe)]
+        if not all(any(message['role'] == 'user' for message in dialog) for dialog in whole):
+            raise UserError(f'{where}: the prompt has no message of the user.')
+        return [_parted(*whole, where, rating, safe)]
 
-def _messages(value: Any, role: str, where: str, name: str) -> schemas.Dialog:
-    """A text is one message of the role."""
-    if isinstance(value, str):
-        return [{'role': role, 'content': value}]
-    return [{'role': message.get('role'), 'content': message.get('content')} for message in schemas.objects(value, where, name)]
-
-
-def _pair(fields: schemas.Fields, where: str) -> list[Comparison | None]:
-    prompt = _messages(schemas.field(fields, 'prompt', where), 'user', where, 'prompt')
-    chosen, rejected = (
-        _messages(schemas.field(fields, name, where), 'assistant', where, name) for name in ('chosen', 'rejected')
-    )
-    # Some sets write the prompt into the answers once more.
-    chosen, rejected = (answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in (chosen, rejected))
-    safe = tuple(_choice(fields, name, (True, False), where) for name in ('chosen_safe', 'rejected_safe'))
-    return [Comparison(prompt, chosen, rejected, _choice(fields, 'rating', RATINGS, where), safe)]
+    return convert
 
 
 def _choice(fields: schemas.Fields, name: str, valid: Sequence[Any], where: str) -> Any:
@@ -121,53 +126,157 @@ def _choice(fields: schemas.Fields, name: str, valid: Sequence[Any], where: str)
     raise UserError(f'{where}: {name} is {value!r}; {help}')
 
 
-def _transcripts(fields: schemas.Fields, where: str) -> list[Comparison | None]:
-    chosen, rejected = (_transcript(schemas.field(fields, name, where), where, name) for name in ('chosen', 'rejected'))
+def _parted(
+    chosen: schemas.Dialog, rejected: schemas.Dialog, where: str, rating=None, safe=(None, None)
+) -> Comparison | str | None:
+    """Two dialogs, parted after the last of the user's messages up to which they are equal; None if they are equal.
+
+    NO_ANSWER if nobody answers in one of them.
+    """
+    chosen, rejected = schemas.trimmed(chosen), schemas.trimmed(rejected)
+    if not (chosen and rejected):
+        return schemas.NO_ANSWER
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     while common and chosen[common - 1]['role'] != 'user':
         common -= 1
     if not common:
         raise UserError(f'{where}: chosen and rejected share no prompt: their first messages differ.')
-    if chosen == rejected:
+    return None if chosen == rejected else Comparison(chosen[:common], chosen[common:], rejected[common:], rating, safe)
+
+
+def _transcripts(fields: Fields, where: str) -> list[Comparison | None]:
+    sides = []
+    for name in ('chosen', 'rejected'):
+        value = field(fields, name, where)
+        dialog = schemas.transcript(value) if isinstance(value, str) else messages(value, where, name)
+        if dialog is None:
+            raise UserError(f"{where}: {name!r} is no transcript: it does not begin with '\\n\\nHuman: '.")
+        sides.append(schemas.with_system(dialog, fields, where))
+    safe = tuple(schemas.flag(fields, name, where) for name in ('chosen_safe', 'rejected_safe'))
+    return [_parted(*sides, where, _choice(fields, 'rating', RATINGS, where), safe)]
+
+
+def _two(
+    prompt: schemas.Dialog, answers: Sequence[Any], better: float, rating=None, safe=(None, None)
+) -> list[Comparison | None]:
+    """Two answers; the first is chosen if `better` is positive, none if it is 0."""
+    if not better:
         return [None]
-    return [Comparison(chosen[:common], chosen[common:], rejected[common:])]
+    order = (0, 1) if better > 0 else (1, 0)
+    sides = ([{'role': 'assistant', 'content': answers[i]}] for i in order)
+    return [Comparison(prompt, *sides, rating, tuple(safe[i] for i in order))]
 
 
-def _transcript(value: Any, where: str, name: str) -> schemas.Dialog:
-    """Turns of '\\n\\nHuman: …\\n\\nAssistant: …', or messages; two turns of one side are one."""
-    if not isinstance(value, str):
-        return _messages(value, '', where, name)
-    start, *turns = _TURN.split(value)
-    if start.strip() or not turns:
-        raise UserError(f"{where}: {name!r} is no transcript: it does not begin with '\\n\\nHuman: '.")
-    messages: schemas.Dialog = []
-    for speaker, text in zip(turns[::2], turns[1::2], strict=True):
-        role = {'Human': 'user', 'Assistant': 'assistant'}[speaker]
-        if messages and messages[-1]['role'] == role:
-            messages[-1]['content'] += f'\n\n{text.strip()}'
-        else:
-            messages.append({'role': role, 'content': text.strip()})
-    return messages
-
-
-def _ranked(prompt: schemas.Dialog, answers: Sequence[tuple[int, str]]) -> list[Comparison | None]:
+def _ranked(
+    prompt: schemas.Dialog, answers: Sequence[tuple[float, str]], safe: Sequence[bool | None] = ()
+) -> list[Comparison | None]:
     """Every two answers (rank, text), the lower rank chosen; None for a tie."""
-    pairs = itertools.combinations(sorted(answers, key=lambda answer: answer[0]), 2)
+    labelled = zip(answers, safe or [None] * len(answers), strict=True)
+    pairs = itertools.combinations(sorted(labelled, key=lambda answer: answer[0][0]), 2)
     return [
-        None if a == b else Comparison(prompt, *([{'role': 'assistant', 'content': text}] for text in (better, worse)))
-        for (a, better), (b, worse) in pairs
+        None
+        if a == b
+        else Comparison(prompt, *([{'role': 'assistant', 'content': text}] for text in (better, worse)), safe=(one, other))
+        for ((a, better), one), ((b, worse), other) in pairs
     ]
 
 
-def _list(fields: schemas.Fields, where: str) -> list[Comparison | None]:
-    prompt = _messages(schemas.field(fields, 'prompt', where), 'user', where, 'prompt')
-    responses = schemas.field(fields, 'responses', where)
+def _numbers(fields: Fields, name: str, count: int, where: str) -> list[float]:
+    values = field(fields, name, where)
+    if not isinstance(values, list) or len(values) != count or not all(type(value) in (int, float) for value in values):
+        raise UserError(f'{where}: {name!r} is not a list of {count} numbers, one for each of the responses.')
+    return values
+
+
+def _list(fields: Fields, where: str) -> list[Comparison | None]:
+    """Ranked answers (InstructGPT): the best first, or with `ranks` (the lowest is best) or `scores` (the highest is)."""
+    responses = field(fields, 'responses', where)
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         raise UserError(f"{where}: 'responses' is not a list of texts.")
-    ranks = fields.get('ranks', list(range(len(responses))))
-    if not isinstance(ranks, list) or len(ranks) != len(responses) or not all(type(rank) is int for rank in ranks):
-        raise UserError(f"{where}: 'ranks' is not a list of {len(responses)} whole numbers, one for each of the responses.")
-    return _ranked(prompt, list(zip(ranks, responses, strict=True)))
+    given = [name for name in ('ranks', 'rank', 'scores') if name in fields]
+    if len(given) > 1:
+        raise UserError(f'{where}: the responses have {" and ".join(given)}; keep one of them.')
+    ranks = _numbers(fields, given[0], len(responses), where) if given else range(len(responses))
+    ranks = [-rank for rank in ranks] if given == ['scores'] else ranks
+    return _ranked(schemas.question(fields, 'prompt', where), list(zip(ranks, responses, strict=True)), fields.get('safe', ()))
+
+
+def _answers(asked: str, answers: str, text: str, rank: str, sign: int):
+    """A list of objects, each an answer with its rank (sign 1: the lowest is best) or score (sign -1)."""
+
+    def convert(fields: Fields, where: str) -> list[Comparison | None]:
+        found = schemas.objects(field(fields, answers, where), where, answers)
+        ranked = [(sign * number(a, rank, where), field(a, text, where)) for a in found if a.get(rank) is not None]
+        return _ranked(schemas.question(fields, asked, where), ranked)
+
+    return convert
+
+
+def _safe_rlhf(fields: Fields, where: str) -> list[Comparison | None]:
+    """The safer answer is chosen, as by the paper's annotators for safety (p10)."""
+    safe = tuple(schemas.flag(fields, f'is_response_{i}_safe', where) for i in range(2))
+    which = number(fields, 'safer_response_id', where)
+    if which not in (0, 1):
+        raise UserError(f"{where}: 'safer_response_id' is {which:g}, not 0 or 1.")
+    answers = [fields['response_0'], fields['response_1']]
+    return _two(schemas.question(fields, 'prompt', where), answers, 1 - 2 * which, safe=safe)
+
+
+def _human_preferences(fields: Fields, where: str) -> list[Comparison | None]:
+    which = number(fields, 'labels', where)
+    if which not in (0, 1):
+        raise UserError(f"{where}: 'labels' is {which:g}, not 0 or 1.")
+    prompt = [{'role': 'user', 'content': fields['history']}]
+    return _two(prompt, [fields['human_ref_A'], fields['human_ref_B']], 2 * which - 1)
+
+
+def _webgpt(fields: Fields, where: str) -> list[Comparison | None]:
+    asked = fields['question']
+    prompt = [{'role': 'user', 'content': asked.get('full_text') if isinstance(asked, dict) else asked}]
+    difference = number(fields, 'score_0', where) - number(fields, 'score_1', where)
+    return _two(prompt, [fields['answer_0'], fields['answer_1']], difference)
+
+
+def _summaries(fields: Fields, where: str) -> list[Comparison | None]:
+    info, summaries = fields['info'], schemas.objects(fields['summaries'], where, 'summaries')
+    which = number(fields, 'choice', where)
+    if not isinstance(info, dict) or len(summaries) != 2 or which not in (0, 1):
+        raise UserError(f"{where}: a comparison of summaries has 'info', two 'summaries' and a 'choice' of 0 or 1.")
+    parts = (('SUBREDDIT', 'subreddit'), ('TITLE', 'title'), ('POST', 'post'), ('ARTICLE', 'article'))
+    text = '\n\n'.join(f'{head}: {info[name]}' for head, name in parts if info.get(name))
+    return _two([{'role': 'user', 'content': f'{text}\n\nTL;DR:'}], [field(s, 'text', where) for s in summaries], 1 - 2 * which)
+
+
+def _strength(fields: Fields, where: str) -> list[Comparison | None]:
+    """HelpSteer2's preferences: -3 (the first answer is much better) to 3."""
+    strength = number(fields, 'preference_strength', where)
+    if strength not in range(-3, 4):
+        raise UserError(f"{where}: 'preference_strength' is {strength:g}, not a whole number from -3 to 3.")
+    rating = RATINGS[int(abs(strength))] if strength else None
+    answers = [fields['response_1'], fields['response_2']]
+    return _two(schemas.question(fields, 'prompt', where), answers, -strength, rating)
+
+
+def _stack_paired(fields: Fields, where: str) -> list[Comparison | None]:
+    return _two([{'role': 'user', 'content': fields['question']}], [fields['response_j'], fields['response_k']], 1)
+
+
+def _ordered(name: str):
+    """Rows of single answers to one prompt, by a score or a label of theirs, as one row with `responses`."""
+
+    def join(rows: list[Fields], where: str) -> dict[str, Any]:
+        scores = [number(row, name, where) if name != 'is_safe' else float(schemas.flag(row, name, where)) for row in rows]
+        safe = {'safe': [bool(score) for score in scores]} if name == 'is_safe' else {}
+        return {'prompt': rows[0]['prompt'], 'responses': [row['response'] for row in rows], 'scores': scores} | safe
+
+    return join
+
+
+JOINS = (
+    schemas.TREES,
+    schemas.Join(frozenset({'prompt', 'response', 'helpfulness'}), 'prompt', _ordered('helpfulness')),  # HelpSteer2
+    schemas.Join(frozenset({'prompt', 'response', 'is_safe'}), 'prompt', _ordered('is_safe')),  # BeaverTails
+)
 
 
 def _oasst(fields: schemas.Fields, where: str) -> list[Comparison | None]:
@@ -182,10 +291,26 @@ def _oasst(fields: schemas.Fields, where: str) -> list[Comparison | None]:
     return list(below(fields['prompt'] if 'message_tree_id' in fields else fields, []))
 
 
-_FORMATS = (
-    ({'prompt', 'chosen', 'rejected'}, _pair),
-    ({'chosen', 'rejected'}, _transcripts),
-    ({'prompt', 'responses'}, _list),
-    ({'message_tree_id', 'prompt'}, _oasst),
-    ({'message_id', 'replies'}, _oasst),
+_SAFE = ('chosen_safe', 'rejected_safe', 'rating')
+
+FORMATS = (
+    *(
+        format_of(f'{asked} chosen rejected', _pair(asked), {*schemas.SYSTEM, 'history', 'input', *_SAFE})
+        for asked in ('prompt', 'question', 'instruction')
+    ),
+    format_of('chosen rejected', _transcripts, {*schemas.SYSTEM, *_SAFE}),
+    format_of('prompt responses', _list, {*schemas.SYSTEM, 'ranks', 'rank', 'scores', 'safe'}, strict=True),
+    format_of('prompt response_0 response_1 safer_response_id', _safe_rlhf),
+    format_of('prompt response_1 response_2 preference_strength', _strength),
+    format_of('prompt answers', _answers('prompt', 'answers', 'answer', 'rank', 1)),  # Nectar
+    format_of(
+        'instruction completions', _answers('instruction', 'completions', 'response', 'overall_score', -1)
+    ),  # UltraFeedback
+    format_of('history human_ref_A human_ref_B labels', _human_preferences),  # SHP
+    format_of('question answer_0 answer_1 score_0 score_1', _webgpt),
+    format_of('info summaries choice', _summaries),  # summarize_from_feedback
+    format_of('question answers', _answers('question', 'answers', 'text', 'pm_score', -1)),  # StackExchange preferences
+    format_of('question response_j response_k', _stack_paired),
+    format_of('message_tree_id prompt', _oasst),
+    format_of('message_id replies', _oasst, {'rank'}),
 )

@@ -20,7 +20,8 @@ import numpy as np
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
-from llama2_jax.data.schemas import Dialog, read_dialogs
+from llama2_jax.data.schemas import Dialog, read_good
+from llama2_jax.data.sources import Tally, skipped
 from llama2_jax.text.dialog import cut_dialog, encode_dialog
 
 Batch = dict[str, np.ndarray]
@@ -51,8 +52,8 @@ class DialogInfo:
       dialogs, rows, tokens: to train on, in one epoch; padding is no token.
       trained_share: of the tokens, those of answers.
       padding_share: of the places in the rows.
-      cut, dropped: dialogs that lost their last turns for length, and those left out since not even one turn fits, or none has
-        an answer.
+      cut: dialogs that lost their last turns for length.
+      dropped: how many were left out, and `reasons` why.
       epochs: how often the run sees each dialog.
       heldout_tokens, heldout_bytes: of the answers held out.
     """
@@ -69,11 +70,12 @@ class DialogInfo:
     epochs: float
     heldout_tokens: int
     heldout_bytes: int
+    reasons: str = ''
 
     def __str__(self) -> str:
         counts = f'{self.dialogs:>9,} {self.tokens:>12,} {self.trained_share:>8.1%} {self.padding_share:>8.1%}'
         left = f'{self.cut:>6,} {self.dropped:>8,} {self.epochs:>7.2f} {self.heldout_tokens:>16,}'
-        return f'{self.name:<40} {self.weight:>8.4f} {counts} {left}'
+        return f'{self.name:<40} {self.weight:>8.4f} {counts} {left}  {self.reasons}'.rstrip()
 
 
 class DialogData:
@@ -112,11 +114,11 @@ class DialogData:
         components = parse_mixture(config.mixture)
         self._train, self._heldout = [], []
         for component in components:
-            train, heldout = _read(component.source, tokenizer, length + 1, config.heldout)
+            train, heldout = _read(component.source, tokenizer, length + 1, config.heldout, component.skip)
             if not len(train):
                 raise UserError(
-                    f'Source {component.source} has no dialogs to train on ({train.dropped} are too long for length={length} or '
-                    f'have no answer, {len(heldout)} are held out).'
+                    f'Source {component.source} has no dialogs to train on, for length={length} '
+                    f'({str(train.tally) or "no rows"}; {len(heldout)} held out).'
                 )
             self._train.append(train)
             self._heldout.append(heldout)
@@ -167,7 +169,9 @@ class DialogData:
     def table(self) -> str:
         """The sources as a table to print."""
         head = f'{"source":<40} {"weight":>8} {"dialogs":>9} {"tokens":>12} {"trained":>8} {"padding":>8}'
-        return '\n'.join([f'{head} {"cut":>6} {"dropped":>8} {"epochs":>7} {"held-out tokens":>16}', *map(str, self.sources)])
+        head = f'{head} {"cut":>6} {"dropped":>8} {"epochs":>7} {"held-out tokens":>16}  reasons'
+        bad = [line for train in self._train for line in train.tally.bad]
+        return '\n'.join([head, *map(str, self.sources)]) + skipped(bad)
 
     def _find(self, row: int) -> tuple[int, int]:
         """Row of the run -> source and row of that source."""
@@ -191,6 +195,7 @@ class DialogData:
 
 
 _EMPTY = (-1, -1)
+TOO_LONG = 'too long'
 
 
 class _Packed:
@@ -198,8 +203,8 @@ class _Packed:
 
     Attributes:
       places: of each dialog, 'a.jsonl:17'.
-      cut, dropped: how many did not fit whole, or not at all.
-      bytes: of the answers.
+      tally: what became of the rows.
+      bytes: of the answers that are trained on.
       tokens, trained: all dialogs end to end, once packed.
       rows: the dialogs of each row, once packed.
     """
@@ -207,7 +212,7 @@ class _Packed:
     def __init__(self, room: int):
         self._room, self._tokens, self._trained, self._ends = room, array('I'), bytearray(), array('q', [0])
         self.places: list[str] = []
-        self.cut = self.dropped = self.bytes = 0
+        self.tally, self.bytes = Tally(), 0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -217,7 +222,7 @@ class _Packed:
         self._trained.extend(trained)
         self._ends.append(len(self._tokens))
         self.places.append(where)
-        self.bytes += sum(len(message['content'].strip().encode()) for message in dialog if message['role'] == 'assistant')
+        self.bytes += sum(len(message['content'].strip().encode()) for message in dialog if is_trained(message))
 
     def pack(self) -> None:
         self.tokens = np.frombuffer(self._tokens, np.uint32)
@@ -239,39 +244,44 @@ class _Packed:
             tokens=len(self.tokens),
             trained_share=float(self.trained.mean()),
             padding_share=1 - len(self.tokens) / (len(self.rows) * self._room),
-            cut=self.cut,
-            dropped=self.dropped,
+            cut=self.tally.cut,
+            dropped=sum(self.tally.dropped.values()) + len(self.tally.bad),
+            reasons=str(self.tally),
             epochs=epochs,
             heldout_tokens=int(heldout.trained.sum()),
             heldout_bytes=heldout.bytes,
         )
 
 
-def _read(source: str, tokenizer, room: int, share: float) -> tuple[_Packed, _Packed]:
-    """The dialogs of a source, to train on and held out, in rows of `room` tokens; the first counts what was cut or dropped.
+def _read(source: str, tokenizer, room: int, share: float, skip: int) -> tuple[_Packed, _Packed]:
+    """The dialogs of a source, to train on and held out, in rows of `room` tokens; the first says what became of the rows.
 
     Raises:
       UserError: naming file and row, also of a dialog in which nothing is to be learned.
     """
     train, heldout = _Packed(room), _Packed(room)
-    for where, dialog in read_dialogs(source):
-        if dialog is None:
-            train.dropped += 1
+    train.tally = tally = Tally(skip)
+    for where, dialog in read_good(source, tally):
+        if not any(map(is_trained, dialog)):
+            tally.refuse(f'{where}: there is nothing to learn, every answer has weight 0.')
             continue
         ids, trained = encode_dialog(dialog, tokenizer, where)
-        if not any(trained):
-            raise UserError(f'{where}: there is nothing to learn, every answer has weight 0.')
         if len(ids) > room:
             dialog = cut_dialog(dialog, tokenizer, room)
             ids, trained = encode_dialog(dialog, tokenizer, where) if dialog else ([], [])
             if not any(trained):
-                train.dropped += 1
+                tally.dropped[TOO_LONG] += 1
                 continue
-            train.cut += 1
+            tally.cut += 1
         (heldout if held_out(dialog, share) else train).add(where, dialog, ids, trained)
     train.pack()
     heldout.pack()
     return train, heldout
+
+
+def is_trained(message: dict) -> bool:
+    """Whether a message is an answer to learn."""
+    return message['role'] == 'assistant' and message.get('weight', 1) == 1
 
 
 def held_out(dialog: Dialog, share: float) -> bool:

@@ -7,7 +7,6 @@ however many it is compared with (as InstructGPT's), and little of it is padding
 Comparisons are tokenised at start and kept in memory, by every process alike, as dialogs are (`data/dialogs.py`).
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -17,10 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from llama2_jax.config import Config, Names, UserError, between
-from llama2_jax.data.comparisons import DROPS, RATINGS, Comparison, read_comparisons
-from llama2_jax.data.dialogs import held_out, shuffled
+from llama2_jax.data.comparisons import JOINS, RATINGS, Comparison, to_comparisons
+from llama2_jax.data.dialogs import TOO_LONG, held_out, shuffled
 from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
+from llama2_jax.data.schemas import joined
+from llama2_jax.data.sources import Tally, read_records, skipped
 from llama2_jax.text.dialog import encode_dialog
 
 Batch = dict[str, np.ndarray]
@@ -74,16 +75,14 @@ class PreferenceSource:
     Attributes:
       records: to train on, each the pairs of one prompt: of a row, or of rows that follow each other.
       heldout: those that are not.
-      dropped: how many comparisons were left out, by reason: one of DROPS, or 'too long'.
-      cut: pairs whose prompt lost its oldest turns for length.
+      tally: how many comparisons were left out, by reason, and how many prompts lost their oldest turns for length.
       weight: share of the run's records.
     """
 
     name: str
     records: list[list[Pair]] = dataclasses.field(default_factory=list)
     heldout: list[list[Pair]] = dataclasses.field(default_factory=list)
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    cut: int = 0
+    tally: Tally = dataclasses.field(default_factory=Tally)
     weight: float = 0.0
 
     def __str__(self) -> str:
@@ -91,11 +90,8 @@ class PreferenceSource:
         tokens = np.mean([len(ids) for pair in pairs for ids in pair.ids])
         rated = np.mean([pair.rating != UNRATED for pair in pairs])
         counts = f'{self.weight:>8.4f} {len(pairs):>9,} {tokens:>13.1f} {rated:>7.1%}'
-        left = ' '.join(f'{self.dropped[reason]:>{len(reason)},}' for reason in (*DROPS, TOO_LONG))
-        return f'{self.name:<40} {counts} {left} {self.cut:>6,} {sum(map(len, self.heldout)):>8,}'
-
-
-TOO_LONG = 'too long'
+        left = f'{self.tally.cut:>6,} {sum(map(len, self.heldout)):>8,}  {self.tally}'
+        return f'{self.name:<40} {counts} {left}'.rstrip()
 
 
 class PreferenceData:
@@ -137,7 +133,7 @@ class PreferenceData:
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
         room = min(length // 2, context)
-        self.sources = [_read(c.source, tokenizer, room, config.heldout, quiet=process_index > 0) for c in components]
+        self.sources = [_read(c, tokenizer, room, config.heldout, quiet=process_index > 0) for c in components]
         self._run = self._plan(components, Fraction(str(config.epochs)), seed)
         run = (self.sources[source].records[number] for source, number in self._run)
         self._batches = [self._pack(batch) for batch in self._fill(run)]
@@ -157,7 +153,7 @@ class PreferenceData:
         counts = [len(source.records) for source in self.sources]
         for source, count in zip(self.sources, counts, strict=True):
             if not count:
-                left = ', '.join(f'{number} {reason}' for reason, number in source.dropped.items()) or 'no rows'
+                left = str(source.tally) or 'no rows'
                 raise UserError(f'Source {source.name} has no comparisons to train on ({left}; {len(source.heldout)} held out).')
         taken = amounts(components, counts, epochs)
         total, shares = int(sum(taken)), [amount / sum(taken) for amount in taken]
@@ -220,8 +216,8 @@ class PreferenceData:
     def table(self) -> str:
         """The sources as a table to print."""
         head = f'{"source":<40} {"weight":>8} {"pairs":>9} {"tokens/answer":>13} {"rated":>7}'
-        return '\n'.join(
-            [f'{head} {" ".join((*DROPS, TOO_LONG))} {"cut":>6} {"held out":>8}', *(str(source) for source in self.sources)]
+        return '\n'.join([f'{head} {"cut":>6} {"held out":>8}  left out', *(str(source) for source in self.sources)]) + skipped(
+            [line for source in self.sources for line in source.tally.bad]
         )
 
     def _collate(self, packed: list[list[Bundle]], rows: int, slots: int) -> Batch:
@@ -248,49 +244,63 @@ class PreferenceData:
         }  # fmt: skip
 
 
-def _read(source: str, tokenizer, room: int, share: float, quiet: bool) -> PreferenceSource:
+def _read(component: Component, tokenizer, room: int, share: float, quiet: bool) -> PreferenceSource:
     """The pairs of a source, with a progress bar unless `quiet`; an answer has `room` tokens with its prompt.
 
     Raises:
       UserError: naming file and row.
     """
-    found, before = PreferenceSource(source), None
-    rows = tqdm(read_comparisons(source), desc=f'reading {source}', unit=' rows', leave=False, dynamic_ncols=True, disable=quiet)
-    for where, (comparisons, dropped) in rows:
-        found.dropped.update(dropped)
+    found, before = PreferenceSource(component.source, tally=Tally(component.skip)), None
+    records = joined(read_records(component.source), JOINS)
+    title = f'reading {component.source}'
+    for row in tqdm(records, desc=title, unit=' rows', leave=False, dynamic_ncols=True, disable=quiet):
+        try:
+            comparisons, dropped = to_comparisons(row)
+        except UserError as error:
+            found.tally.refuse(error)
+            continue
+        found.tally.dropped.update(dropped)
         record = []
         for comparison in comparisons:
-            pair, cut = encode(comparison, tokenizer, room, where)
+            pair, reason = encode(comparison, tokenizer, room, row.where)
+            found.tally.cut += reason == CUT
             if pair is None:
-                found.dropped[TOO_LONG] += 1
-                continue
-            found.cut += cut
-            record.append(pair)
+                found.tally.dropped[reason] += 1
+            else:
+                record.append(pair)
         if not record:
             continue
         prompt = comparisons[0].prompt
-        records = found.heldout if held_out(prompt, share) else found.records
-        if prompt == before and len(records[-1]) + len(record) <= JOINED:
-            records[-1] += record
+        home = found.heldout if held_out(prompt, share) else found.records
+        if prompt == before and len(home[-1]) + len(record) <= JOINED:
+            home[-1] += record
         else:
-            records.append(record)
+            home.append(record)
         before = prompt
     return found
 
 
-def encode(comparison: Comparison, tokenizer, room: int, where: str) -> tuple[Pair | None, bool]:
-    """The ids of both answers after the prompt, and whether it lost its oldest turns for length; None where none fits."""
-    prompt, cut = comparison.prompt, False
+CUT, EQUAL = 'cut', 'equal as tokens'
+
+
+def encode(comparison: Comparison, tokenizer, room: int, where: str) -> tuple[Pair | None, str]:
+    """The ids of both answers after the prompt, and CUT where it lost its oldest turns for length.
+
+    None where not even the last turn fits, or where both answers are the same tokens; then why: TOO_LONG or EQUAL.
+    """
+    prompt, cut = comparison.prompt, ''
     while True:
         ids = tuple(
             np.array(encode_dialog([*prompt, *answer], tokenizer, where)[0], np.uint32)
             for answer in (comparison.chosen, comparison.rejected)
         )
+        if np.array_equal(*ids):
+            return None, EQUAL
         if max(map(len, ids)) <= room:
             rating = UNRATED if comparison.rating is None else 1 + RATINGS.index(comparison.rating)
             safe = tuple(UNKNOWN if safe is None else int(safe) for safe in comparison.safe)
             return Pair(where, ids, rating, safe, comparison.turns), cut
         system = prompt[0]['role'] == 'system'
-        if len(prompt) - system == 1:
-            return None, False
-        prompt, cut = [*prompt[:system], *prompt[system + 2 :]], True
+        if len(prompt) - system <= 1:
+            return None, TOO_LONG
+        prompt, cut = [*prompt[:system], *prompt[system + 2 :]], CUT

@@ -11,10 +11,11 @@ from typing import Annotated
 import numpy as np
 
 from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.data import comparisons, schemas
 from llama2_jax.data.dialogs import held_out, question, shuffled
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
-from llama2_jax.data.sources import Record, read_records
-from llama2_jax.text.dialog import encode_prompt, has_special_tags
+from llama2_jax.data.sources import Record, Tally, read_records, skipped
+from llama2_jax.text.dialog import encode_prompt
 
 ROWS = 2**40  # of a run, which need not know how long it will be
 
@@ -65,6 +66,7 @@ class PromptData:
     Attributes:
       heldout: the held-out prompts of all sources, in a fixed shuffled order.
       dropped: how many were too long.
+      bad: what is wrong with rows that were skipped.
 
     Raises:
       UserError: a row that is no prompt, naming it, or a source that has none.
@@ -78,8 +80,15 @@ class PromptData:
         self._train: list[list[Prompt]] = []
         self.heldout: list[Prompt] = []
         self.dropped = 0
+        self.bad: list[str] = []
         for component in components:
-            prompts = [read_prompt(record, tokenizer) for record in read_records(component.source)]
+            tally, prompts = Tally(component.skip), []
+            for record in read_records(component.source):
+                try:
+                    prompts.append(read_prompt(record, tokenizer))
+                except UserError as error:
+                    tally.refuse(error)
+            self.bad += tally.bad
             short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.longest]
             self.dropped += len(prompts) - len(short)
             split = [held_out(prompt.messages, config.heldout) for prompt in short]
@@ -116,7 +125,7 @@ class PromptData:
     def __str__(self) -> str:
         tagged = sum(prompt.is_safety for prompt in self.train)
         counts = f'{len(self.train):,} prompts, {tagged:,} of them tagged safety'
-        return f'{counts}; {len(self.heldout):,} held out, {self.dropped:,} too long.'
+        return f'{counts}; {len(self.heldout):,} held out, {self.dropped:,} too long.' + skipped(self.bad)
 
 
 def _few(prompts: Sequence[Prompt]) -> str:
@@ -127,21 +136,40 @@ def _few(prompts: Sequence[Prompt]) -> str:
 
 
 def read_prompt(record: Record, tokenizer) -> Prompt:
-    """A row as a prompt.
+    """A row as a prompt; of a row of a dialog or of comparisons, what the last answer answers.
 
     Raises:
       UserError: naming the row and what is wrong with it.
     """
     fields, where = record.fields, record.where
-    if 'messages' not in fields:
-        raise UserError(f"{where} is no prompt: it has no field 'messages' (it has: {', '.join(fields) or 'none'}).")
-    token_ids = encode_prompt(fields['messages'], tokenizer, where)
-    if has_special_tags(fields['messages']):
-        raise UserError(f'{where}: a message holds a tag of the chat format, which only we may write.')
+    messages = _question(record)
+    schemas.check(messages, where)
+    token_ids = encode_prompt(messages, tokenizer, where)
     if not isinstance(fields.get('is_safety', False), bool):
         raise UserError(f'{where}: "is_safety" is {fields["is_safety"]!r}, not true or false.')
-    messages = [{'role': message['role'], 'content': message['content']} for message in fields['messages']]
+    messages = [{'role': message['role'], 'content': message['content']} for message in messages]
     return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where)
+
+
+def _question(record: Record) -> schemas.Dialog:
+    fields, where = record.fields, record.where
+    if 'messages' in fields:
+        messages = schemas.with_system(schemas.messages(fields['messages'], where, 'messages'), fields, where)
+    elif any(format.needs <= fields.keys() for format in comparisons.FORMATS):
+        kept, _ = comparisons.to_comparisons(record)
+        if kept:
+            return kept[0].prompt
+        messages = schemas.question(fields, 'prompt', where)
+    elif any(format.needs <= fields.keys() for format in schemas.FORMATS):
+        messages = schemas.to_dialog(record)[0] or []
+    elif 'prompt' in fields:
+        schemas.recognise(record, [schemas.format_of('prompt', None, schemas.QUESTION)], 'prompts', '')
+        messages = schemas.question(fields, 'prompt', where)
+    else:
+        raise UserError(f"{where} is no prompt: it has no field 'messages' or 'prompt' (it has: {', '.join(fields) or 'none'}).")
+    while len(messages) > 1 and messages[-1]['role'] == 'assistant':
+        messages = messages[:-1]
+    return messages
 
 
 def different(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:

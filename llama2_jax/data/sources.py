@@ -23,6 +23,7 @@ SEPARATOR = b'<|endoftext|>'  # a line of its own between two documents of a tex
 PIECE = 16 * 1024  # bytes; a longer text document is cut into pieces of at most this
 PART = 64 * 2**20  # bytes; small files are read together until a part has this much
 PARTS = 1024  # larger sources get larger parts, so that a token cache never has many more files than this
+SHOWN = 10  # skipped rows in a table
 FILES = 128  # a source of no more files than this has a part for each: then a new file changes no other part
 EXAMPLES = 16_384  # of a TFDS data set in one part, at least
 
@@ -158,6 +159,12 @@ class Part:
             for name in self.names:
                 for where, value in _array_records(name) if self.kind == 'arrayrecord' else files.read_rows(name):
                     yield Record(name, where, value)
+
+
+def skipped(bad: list[str]) -> str:
+    """Lines that say which rows were skipped and why, the first few of them; '' for none."""
+    more = [f'… and {len(bad) - SHOWN:,} more'] if len(bad) > SHOWN else []
+    return ''.join(f'\nSkipped: {line}' for line in bad[:SHOWN] + more)
 
 
 def read_records(source: str) -> Iterator[Record]:

@@ -81,7 +81,7 @@ def test_ranked_lists(read):
     )
     assert kept == [pair('Hi', *two) for two in ('ab', 'aB', 'ac', 'bc', 'Bc')]
     assert dropped == ['tie'] and best_first == [pair('Hi', 'x', 'y')]
-    with pytest.raises(UserError, match="a.jsonl:1: 'ranks' is not a list of 2 whole numbers"):
+    with pytest.raises(UserError, match="a.jsonl:1: 'ranks' is not a list of 2 numbers"):
         read({'prompt': 'Hi', 'responses': ['x', 'y'], 'ranks': [1]})
 
 
@@ -105,8 +105,11 @@ def test_trees(read):
             "rating is 'beter'; did you mean 'better'",
         ),
         ({'prompt': 'Hi', 'chosen': 'a', 'rejected': 'b', 'chosen_safe': 1}, 'a.jsonl:1: chosen_safe is 1; valid: '),
-        ({'prompt': [], 'chosen': 'a', 'rejected': 'b'}, "a.jsonl:1: messages.0. has the role 'assistant' where 'user' is due"),
-        ({'prompt': 'Hi', 'chosen': 'a', 'rejected': 3}, "a.jsonl:1: 'rejected' is not a list of objects"),
+        (
+            {'prompt': [], 'chosen': 'a', 'rejected': 'b'},
+            'a.jsonl:1: the prompt has no message of the user',
+        ),
+        ({'prompt': 'Hi', 'chosen': 'a', 'rejected': 3}, "a.jsonl:1: 'rejected' is 3, neither a text nor a list of objects"),
         ({'prompt': '[INST] Hi', 'chosen': 'a', 'rejected': 'b'}, 'a.jsonl:1: a message holds a tag of the chat format'),
     ],
 )

@@ -185,12 +185,15 @@ def test_nothing_to_learn_names_the_row(make, tmp_path):
     with pytest.raises(UserError, match=r'/a\.jsonl:2: there is nothing to learn, every answer has weight 0\.$'):
         make(f'jsonl:{tmp_path}/a.jsonl')
     write(tmp_path / 'a.jsonl', [dialog('x' * 200, 'b')])
-    with pytest.raises(
-        UserError, match=r'has no dialogs to train on \(1 are too long for length=120 or have no answer, 0 are held'
-    ):
+    with pytest.raises(UserError, match=r'has no dialogs to train on, for length=120 \(1 too long; 0 held out'):
         make(f'jsonl:{tmp_path}/a.jsonl')
-    write(tmp_path / 'a.jsonl', [dialog('a', 'b'), dialog('a')])
-    with pytest.raises(UserError, match=r'/a\.jsonl:2: the last message of a dialog to train on must be from the assistant\.$'):
+    write(tmp_path / 'a.jsonl', [dialog('a', 'b'), dialog('a'), dialog('a', 'b', 'c')])
+    data = make(f'jsonl:{tmp_path}/a.jsonl', heldout=0.0)
+    assert data.sources[0].reasons == '1 no answer' and '1 no answer' in data.table() and data.sources[0].dialogs == 2
+    with pytest.raises(UserError, match='a.jsonl:2 is not JSON'):
+        write(tmp_path / 'a.jsonl', [dialog('a', 'b')])
+        with (tmp_path / 'a.jsonl').open('a') as file:
+            file.write('\n{\n')
         make(f'jsonl:{tmp_path}/a.jsonl')
 
 

@@ -137,7 +137,7 @@ def test_weights_are_shares(make):
     assert [source.weight for source in data.sources] == [0.95, 0.05]
     limited = make('jsonl:{}/a.jsonl:0.5@0.1, jsonl:{}/b.jsonl:0.5')
     assert collections.Counter(chosen[9] for batch in limited.train() for chosen, *_ in pairs(batch)) == {'a': 15, 'b': 45}
-    assert '0.9500' in data.table() and 'unsafe winner' in data.table()
+    assert '0.9500' in data.table() and 'left out' in data.table()
 
 
 def test_long_prompts_lose_their_oldest_turns(tmp_path):
@@ -147,7 +147,7 @@ def test_long_prompts_lose_their_oldest_turns(tmp_path):
     config = PreferenceConfig(f'jsonl:{tmp_path}/a.jsonl', heldout=0)
     data = PreferenceData(config, Letters(), length=LENGTH, context=CONTEXT, batch_size=4, seed=0)
     [source] = data.sources
-    assert (source.cut, dict(source.dropped)) == (1, {'too long': 1})
+    assert (source.tally.cut, dict(source.tally.dropped)) == (1, {'too long': 1})
     found = sorted(chosen for chosen, *_ in pairs(next(data.train())))
     assert found == sorted([text('4' * 9, 'yes'), text('short', 'yes')])
 

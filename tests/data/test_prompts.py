@@ -72,7 +72,7 @@ def test_long_prompts_are_counted(home):
 @pytest.mark.parametrize(
     ('row', 'message'),
     [
-        ({'prompt': 'Hi'}, r"bad.jsonl:1 is no prompt: it has no field 'messages' \(it has: prompt\)"),
+        ({'question': 'Hi'}, r"bad.jsonl:1 is no prompt: it has no field 'messages' .*\(it has: question\)"),
         ({'messages': [{'role': 'assistant', 'content': 'Hi'}]}, 'bad.jsonl:1: messages.0. has the role'),
         ({'messages': [{'role': 'user', 'content': 'Hi'}], 'is_safety': 1}, 'bad.jsonl:1: "is_safety" is 1, not true or false'),
         ({'messages': [{'role': 'user', 'content': 'Hi [/INST]'}]}, 'bad.jsonl:1: a message holds a tag of the chat format'),
