@@ -220,7 +220,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
 
 def _is_plain_name(file: Any) -> bool:
     """Whether it names a file of the same directory: nothing else is opened."""
-    return isinstance(file, str) and file.isprintable() and file not in ('', '.', '..') and '/' not in file
+    return isinstance(file, str) and file.isprintable() and len(file) < 256 and file not in ('', '.', '..') and '/' not in file
 
 
 def _merged(files: Iterable[Path], read: Any) -> dict[str, Stored]:

@@ -121,6 +121,8 @@ def open_orbax(path: Path) -> Source:
         store = _store(params)
         listed = ts.KvStore.open(store).result().list().result()
         names = [key.decode().removesuffix('/.zarray') for key in listed if key.endswith(b'/.zarray')]
+        for name in names if 'base' not in store else ():
+            _check_zarray(params / name / '.zarray')
         specs = {name: {'driver': 'zarr', 'kvstore': store | {'path': f'{store.get("path", "")}{name}/'}} for name in names}
         arrays = {name.rpartition('.')[2]: ts.open(spec, open=True).result() for name, spec in specs.items()}
     except ValueError as error:
@@ -162,6 +164,17 @@ def open_orbax(path: Path) -> Source:
     stop_ids = check_stop_ids(f'{path / "config.json"}: stop_ids', content.get('stop_ids'), config.vocab_size)
     tokenizer = partial(tokenizer_beside, path)
     return Source(path, 'orbax', config, dtype, head, read, tokenizer, content.get('provenance', {}), stop_ids)
+
+
+def _check_zarray(path: Path) -> None:
+    """Raises a UserError where chunks are larger than the array: TensorStore would end the process for lack of memory."""
+    content = read_json(path)
+    shape, chunks = content.get('shape'), content.get('chunks')
+    if not isinstance(shape, list) or not isinstance(chunks, list) or len(shape) != len(chunks):
+        raise UserError(f'{path} is damaged: its shape {shown(shape)} and its chunks {shown(chunks)} do not belong together.')
+    for size, chunk in zip(shape, chunks, strict=True):
+        if type(size) is not int or type(chunk) is not int or not 1 <= chunk <= size < 2**31:
+            raise UserError(f'{path} is damaged: its chunks {shown(chunks)} are not parts of its shape {shown(shape)}.')
 
 
 def _check_chunks(params: Path, arrays: dict[str, Any], names: list[str], listed: set[str]) -> None:

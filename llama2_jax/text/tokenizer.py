@@ -48,7 +48,7 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # ValueError: text that is not UTF-8
             raise UserError(f'{self.path} is not a SentencePiece model, or is damaged.') from None
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id: int = self._processor.unk_id()

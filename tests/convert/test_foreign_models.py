@@ -338,6 +338,21 @@ def test_a_chunk_of_an_array_that_is_missing_or_too_long(setting, orbax, tmp_pat
         open_model(tmp_path / 'plain')
 
 
+@pytest.mark.parametrize(('name', 'value'), [('chunks', [1, 2**40, 2**40, 8]), ('chunks', 'x'), ('shape', [3, -1, 8, 8])])
+def test_arrays_of_impossible_sizes(name, value, orbax, tmp_path):
+    convert(open_model(orbax), tmp_path / 'plain', 'orbax')
+    change(tmp_path / 'plain/params/blocks.w_q_DHK/.zarray', **{name: value})
+    with pytest.raises(UserError, match='blocks.w_q_DHK/.zarray is damaged'):
+        open_model(tmp_path / 'plain')
+
+
+def test_a_tokenizer_whose_text_is_not_utf_8(hf):
+    content = (hf / 'tokenizer.model').read_bytes()
+    (hf / 'tokenizer.model').write_bytes(content.replace(b'</s>', b'\xf8/s>', 1))
+    with pytest.raises(UserError, match='tokenizer.model'):
+        load_model(hf)
+
+
 def deep(depth):
     return '{"a":' * depth + '1' + '}' * depth
 
