@@ -25,7 +25,7 @@ from llama2_jax.text.tokenizer import train_tokenizer
 
 ANSWERS = flags.DEFINE_multi_integer('answers', [1_000, 100_000], 'How many, in turn.')
 ONLY = flags.DEFINE_bool('only', False, 'Runs the first of --answers in this process.')
-SAMPLES, TOKENS = 20, 200  # answers to a prompt, tokens of an answer
+SAMPLES, TOKENS = 20, 50  # answers to a prompt, tokens of an answer
 
 
 class Stand:

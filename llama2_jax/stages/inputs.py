@@ -11,7 +11,7 @@ from typing import Any
 from llama2_jax.config import MODELS, ModelConfig, Names, UserError
 from llama2_jax.convert.load import check_given, open_model, tokenizer_of
 from llama2_jax.data.comparisons import read_comparisons
-from llama2_jax.data.mixing import parse_mixture
+from llama2_jax.data.mixing import Component, parse_mixture
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.sources import split
 from llama2_jax.files import locate
@@ -25,7 +25,7 @@ def check_inputs(config: Any, *required: str) -> None:
     """Checks every model, source and file that a config names, at any depth.
 
     Fields that name nothing are passed over, as are those in the config's `OVERWRITTEN`, which its stage sets itself. The first
-    row of a source is read. TFDS data sets are not opened: that would download them.
+    row of a source is read, unless bad rows may be skipped. TFDS data sets are not opened: that would download them.
 
     Args:
       config: a dataclass whose fields are marked with `Names`.
@@ -79,13 +79,12 @@ def _check(value: str, names: Names) -> None:
         if not (locate(value) / names.of).exists():
             raise UserError(f'there is no {names.of} in it.')
     else:
-        sources = [component.source for component in parse_mixture(value)] if names.kind == 'mixture' else [value]
-        for source in sources:
-            if source.startswith('tfds:'):
-                continue
-            split(source)
-            if names.of in READERS and not source.startswith('toy:'):
-                next(READERS[names.of](source), None)
+        for component in parse_mixture(value) if names.kind == 'mixture' else (Component(value),):
+            kind = component.source.partition(':')[0]
+            if kind != 'tfds':
+                split(component.source)
+            if names.of in READERS and kind not in ('tfds', 'toy') and not component.skip:
+                next(READERS[names.of](component.source), None)
 
 
 def common_tokenizer(models: Mapping[str, str]) -> Tokenizer:

@@ -9,9 +9,12 @@ import pytest
 from random_policy import make_home
 
 from llama2_jax.config import UserError, override
+from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.stages import rejection
 from llama2_jax.stages.inputs import check_inputs, common_tokenizer
 from llama2_jax.stages.ppo_setup import open_stage
+from llama2_jax.stages.rlhf import check
+from llama2_jax.stages.rollout import RewardsConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'experiments'))
 
@@ -115,6 +118,28 @@ def test_the_oracle_knows_no_prompts_but_the_toy_ones(home, tmp_path):
     with pytest.raises(UserError, match=r'judge=oracle knows the toy world only, and jsonl:.*prompts\.jsonl'):
         open_stage(config, str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_loop_looks_at_its_last_step_first(home):
+    rewards = RewardsConfig(helpfulness=str(home / 'help'), safety=str(home / 'safe'))
+    config = dataclasses.replace(rlhf.tiny(), init_from=str(home / 'policy'), rewards=rewards)
+    check(config)
+    for changes, named in (
+        ({'evaluation': f'jsonl:{home}/texts.jsonl'}, r'texts\.jsonl:1'),
+        ({'base': str(home / 'help')}, 'base=.*language model'),
+        ({'sample_from': ('nope',)}, 'sample_from=nope'),
+        ({'ghost_after': 3}, r'ghost\.dialogs is missing'),
+        ({'distill_before': 1}, r'distill\.prompts is missing'),
+    ):
+        with pytest.raises(UserError, match=named):
+            check(dataclasses.replace(config, **changes))
+
+
+def test_a_bad_first_row_may_be_skipped(home, tmp_path):
+    (tmp_path / 'd.jsonl').write_text((home / 'texts.jsonl').read_text() + '\n' + (home / 'prompts.jsonl').read_text())
+    check_inputs(DialogConfig(f'jsonl:{tmp_path}/d.jsonl skip=1'))
+    with pytest.raises(UserError, match=r'd\.jsonl:1'):
+        check_inputs(DialogConfig(f'jsonl:{tmp_path}/d.jsonl'))
 
 
 def test_models_share_a_tokenizer(home, tmp_path_factory):

@@ -197,6 +197,15 @@ def test_mistakes_are_named(home, tmp_path, changes, message):
         reward.run(config(home[0], **changes), tmp_path / 'run')
 
 
+def test_an_auxiliary_loss_needs_labels(home, tmp_path):
+    rows = [json.loads(line) for line in (home[0] / 'pairs.jsonl').read_text().splitlines()]
+    bare = [{key: value for key, value in row.items() if 'safe' not in key} for row in rows]
+    (tmp_path / 'bare.jsonl').write_text('\n'.join(map(json.dumps, bare)))
+    data = PreferenceConfig(mixture=f'jsonl:{tmp_path}/bare.jsonl')
+    with pytest.raises(UserError, match=r'safety_weight=1\.0 .*bare\.jsonl has chosen_safe'):
+        reward.run(config(home[0], data=data, safety_weight=1.0), tmp_path / 'run')
+
+
 def test_settings_out_of_range():
     with pytest.raises(UserError, match='safety_weight is -1'):
         RewardConfig(safety_weight=-1)
