@@ -141,7 +141,8 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
     """
     for text in texts:
         _check_encodable(text)
-        for line in text.split('\n'):
+        # SentencePiece reserves U+2585 and drops every sentence with it: the sentence ends there, the character stays bytes.
+        for line in text.replace('\u2585', '\n').split('\n'):
             rest = line.encode()
             while len(rest) > SENTENCE_BYTES:
                 end = rest.rfind(b' ', 1, SENTENCE_BYTES + 1)

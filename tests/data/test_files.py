@@ -11,6 +11,7 @@ import pytest
 
 from llama2_jax.config import UserError
 from llama2_jax.data.sources import Tally, read_documents, read_records
+from llama2_jax.text.tokenizer import sentences
 
 ROWS = [{'text': f'document {i} é', 'n': i} for i in range(3)]
 LINES = '\n'.join(map(json.dumps, ROWS)).encode()
@@ -146,3 +147,7 @@ def test_blank_lines_of_windows_part_long_texts(tmp_path):
 def test_formats_are_no_kinds_of_sources(kind):
     with pytest.raises(UserError, match='write rows:a'):
         list(read_records(f'{kind}:a'))
+
+
+def test_a_character_that_sentencepiece_reserves_loses_no_line():
+    assert list(sentences(['one \u2585 two\nthree'])) == ['one ', ' two', 'three']
