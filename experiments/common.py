@@ -1,5 +1,6 @@
 """The command line that every training stage shares: --config, --workdir, --set, --dry_run, --topology."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.train.aot import TOPOLOGIES
+from llama2_jax.train.workdir import ResumeConfig, resuming
 
 Presets = Mapping[str, Callable[[], Any]]
 
@@ -35,7 +37,10 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
                 raise UserError(f'Unknown argument {argv[1]!r}; settings are given as --set path.to.field=value.')
             if chosen.value not in presets:
                 raise UserError(f'--config={chosen.value}: no such preset; {nearest(chosen.value, presets)}')
-            config = override(presets[chosen.value](), settings.value)
+            names = {field.name for field in dataclasses.fields(ResumeConfig)}
+            own = [setting for setting in settings.value if setting.partition('=')[0].strip() in names]
+            resume = override(ResumeConfig(), own)
+            config = override(presets[chosen.value](), [setting for setting in settings.value if setting not in own])
             if compiles_only(compile_only.value, topology.value):
                 if not dry_run:
                     raise UserError('This stage has nothing to compile, so there is no --dry_run.')
@@ -45,7 +50,8 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
                 raise UserError('--workdir=DIR is missing: where the run is to live.')
             runtime.start()
             check_inputs(config)
-            run(config, workdir.value)
+            with resuming(resume):
+                run(config, workdir.value)
 
     quietly(main)
 

@@ -9,8 +9,6 @@ with an "id" and settings of its own such as "temperature". A line of the output
 {"id", "samples": [{"text", "token_ids", "stop_reason"}]}.
 """
 
-import os
-
 from absl import flags
 from common import compiles_only, tool
 
@@ -54,8 +52,7 @@ def run() -> None:
     settings = {name: flags.FLAGS[name].value for name in names}
     engine = generate.open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)
     if PROMPTS.value:
-        beside = {'model': os.path.abspath(MODEL.value), 'int8': INT8.value}
-        generate.run(engine, PROMPTS.value, OUTPUT.value, settings, beside, LOGPROBS.value)
+        generate.run(engine, PROMPTS.value, OUTPUT.value, settings, generate.identity(MODEL.value, INT8.value), LOGPROBS.value)
         return
     prompts = PROMPT.value or ['']
     rows = [{'prompt': prompt} for prompt in prompts]

@@ -65,6 +65,22 @@ def check_writable(option: str, path: str | os.PathLike, directory: bool) -> Non
         raise UserError(f'{option}={path} cannot be written: {error.strerror}.') from None
 
 
+def check_name(directory: str | os.PathLike) -> None:
+    """Sees that checkpoints and models in a directory of this name can be read back.
+
+    Orbax joins what processes have written through a glob of the whole path, in which `[…]` and `\\` mean something else, and `*`
+    and `?` other directories too; TensorStore wants UTF-8.
+
+    Raises:
+      UserError: they cannot.
+    """
+    path = os.fspath(directory)
+    found = [character for character in '[]*?\\' if character in path]
+    found += [character for character in path if '\ud800' <= character <= '\udfff']
+    if found:
+        raise UserError(f'{path!r} holds {found[0]!r}, with which no checkpoint or model can be read back: use another name.')
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it lies in a bucket, where nothing can be renamed or appended to, and a file appears when it is complete."""
     return '://' in os.fspath(path)

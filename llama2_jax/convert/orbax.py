@@ -23,11 +23,11 @@ from llama2_jax.convert.source import (
     tokenizer_beside,
     write_json,
 )
-from llama2_jax.files import check_regular, is_remote, locate, read_into, read_json, size_of, write
+from llama2_jax.files import check_name, check_regular, is_remote, locate, read_into, read_json, size_of, write
 from llama2_jax.model.llama import Trunk
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params
+from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params, store_of
 
 
 def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
@@ -43,6 +43,7 @@ def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer,
       UserError: no space is left.
     """
     directory = locate(directory)
+    check_name(directory)  # before anything is removed
     new = directory if is_remote(directory) else directory.with_name(directory.name + '.new')
     if is_main_process():
         if is_remote(directory):  # nothing can be renamed there: without its config.json, which comes last, it is no model
@@ -118,7 +119,7 @@ def open_orbax(path: Path) -> Source:
         raise UserError(f'There are no parameters to read: {params} does not exist.')
     check_regular(params)
     try:
-        store = _store(params)
+        store = store_of(params)
         listed = ts.KvStore.open(store).result().list().result()
         names = [key.decode().removesuffix('/.zarray') for key in listed if key.endswith(b'/.zarray')]
         for name in names if 'base' not in store else ():
@@ -223,17 +224,6 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
     stamps = {'init_timestamp_nsecs': now, 'commit_timestamp_nsecs': now}
     write_json(params / '_CHECKPOINT_METADATA', {'item_handlers': handler, 'metrics': {}, 'custom_metadata': {}} | stamps)
     _write_rest(path, config, Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids), model.provenance)
-
-
-def _store(params: Path) -> dict[str, Any]:
-    """Where TensorStore finds the arrays: files as `write_orbax` writes them, or the database that Orbax makes of them."""
-    bucket, _, place = str(params).removeprefix('gs://').partition('/')
-    base = (
-        {'driver': 'gcs', 'bucket': bucket, 'path': f'{place}/'}
-        if is_remote(params)
-        else {'driver': 'file', 'path': f'{params}/'}
-    )
-    return {'driver': 'ocdbt', 'base': base} if (params / 'manifest.ocdbt').exists() else base
 
 
 def _dotted(name: str) -> str:

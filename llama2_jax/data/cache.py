@@ -7,6 +7,7 @@ the last one shorter. The files of a split in order are one stream of tokens. `<
 """
 
 import collections
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -111,6 +112,7 @@ class Cache:
       directory: where it lies.
       documents, tokens, bytes: dicts by split; bytes are of the documents' UTF-8 text.
       empty: documents that were skipped because they hold nothing but white space.
+      fingerprint: the number of all tokens and a hash of them, taken when they were written.
     """
 
     def __init__(self, directory: Path):
@@ -121,6 +123,8 @@ class Cache:
             {split: sum(part[split][key] for part in parts) for split in SPLITS} for key in ('documents', 'tokens', 'bytes')
         )
         self.empty = sum(part['empty'] for part in parts)
+        digest = hashlib.blake2b(''.join(part['digest'] for part in parts).encode(), digest_size=8).hexdigest()
+        self.fingerprint = f'{sum(self.tokens.values()):,} tokens, {digest}'
         self.train, self.heldout = (
             TokenStream(
                 directory,

@@ -45,7 +45,7 @@ def open_file(path: str) -> BinaryIO:
     Raises:
       UserError: the name promises another format than the content has, or while reading: the file is damaged.
     """
-    raw = _open(path)
+    raw = open_raw(path)
     found, promised = looks_like(raw.peek(HEAD)[:HEAD]), SUFFIXES.get(PurePath(path).suffix.lower())
     if promised in PACKED and raw.peek(1) and found != promised:
         raw.close()
@@ -59,7 +59,8 @@ def open_file(path: str) -> BinaryIO:
     return file
 
 
-def _open(path: str) -> io.BufferedReader:
+def open_raw(path: str) -> io.BufferedReader:
+    """The bytes of a file as they lie."""
     if '://' in path:
         from etils import epath
 

@@ -78,6 +78,7 @@ class PretrainData:
 
     Attributes:
       sources: `SourceInfo` of each source of the mixture.
+      fingerprints: of the tokens of each source.
 
     Raises:
       UserError: for anything wrong with the mixture, its sources or the batch size.
@@ -115,6 +116,9 @@ class PretrainData:
             )
             for component in components
         ]
+        self.fingerprints = {
+            component.source: cache.fingerprint for component, cache in zip(components, self._caches, strict=True)
+        }
         counts = [packing.count(len(cache.train), length) for cache in self._caches]
         for component, cache, count in zip(components, self._caches, counts, strict=True):
             _check_count(component.source, cache, count)

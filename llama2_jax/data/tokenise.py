@@ -33,7 +33,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data import sources
 from llama2_jax.data.cache import RECORD, SPLITS, Cache, file_name
 
-FORMAT = 1  # change it when the same source would be cut or stored differently
+FORMAT = 2  # change it when the same source would be cut or stored differently
 CHUNK = 2**20  # characters of text that a process tokenises at once; documents are shuffled within a chunk
 FEW = 4  # chunks: a source no larger than this is tokenised in this process, for starting others takes seconds
 
@@ -255,19 +255,21 @@ def _build_parts(directory: Path, parts: list[sources.Part], todo: list[int], en
     with tqdm(total=total, desc=f'tokenising {title}', unit='B', unit_scale=True, disable=not title or not todo) as bar:
         for part, results in itertools.groupby(_encoded(_chunks(parts, todo), encode, workers), lambda encoded: encoded.part):
             info = {'empty': 0, **{split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}}
+            digest = hashlib.blake2b(digest_size=8)
             with contextlib.ExitStack() as stack:
                 writers = {split: stack.enter_context(_RecordWriter(directory / file_name(split, part))) for split in SPLITS}
                 for result in results:
                     info['empty'] += result.empty
                     for split in SPLITS:
                         writers[split].write(result.ids[split])
+                        digest.update(result.ids[split])
                         info[split]['documents'] += result.documents[split]
                         info[split]['tokens'] += len(result.ids[split])
                         info[split]['bytes'] += result.bytes[split]
                     documents += sum(result.documents.values())
                     bar.set_postfix(documents=documents, refresh=False)
                     bar.update(sum(result.bytes.values()))
-            _write_json(directory / f'{part:05d}.json', info)
+            _write_json(directory / f'{part:05d}.json', {**info, 'digest': digest.hexdigest()})
 
 
 class _RecordWriter:

@@ -26,11 +26,12 @@ from llama2_jax.evals.talk import usable
 from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.stages import made_from
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.inputs import check_inputs, common_tokenizer
 from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 BLOCK = 64  # prompts that are answered and written together
 
@@ -76,7 +77,9 @@ def run(config: CollectConfig, workdir: str) -> None:
     """
     check_inputs(config, 'models', 'prompts')
     common_tokenizer({f'models[{i}]': model for i, model in enumerate(config.models)})
-    path, _ = open_run(workdir, config, ('decode_batch', 'raters'), ('answers.jsonl',))
+    path, begun = open_run(workdir, config, ('decode_batch', 'raters'), ('answers.jsonl',))
+    models = made_from.of_models({f'models[{number}]': model for number, model in enumerate(config.models)})
+    record_inputs(path, models | made_from.of_sources('prompts', [config.prompts]), begun)
     rows = sample(config, path / 'answers.jsonl')
     compared = sum(len(row['answers']) > 1 for row in rows)
     say(f'{path / "answers.jsonl"}: {len(rows):,} prompts, {compared:,} of them with answers that differ.')

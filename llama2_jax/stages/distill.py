@@ -27,14 +27,14 @@ from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import sft
+from llama2_jax.stages import made_from, sft
 from llama2_jax.stages.generate import open_engine, open_scorer
 from llama2_jax.stages.inputs import check_inputs, common_tokenizer
 from llama2_jax.stages.rollout import sample_answers
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 BLOCK = 64  # prompts that are sampled and written together
 
@@ -78,7 +78,10 @@ def run(config: DistillConfig, workdir: str) -> None:
     """
     check_inputs(config, 'model', 'safety', 'prompts')
     common_tokenizer({'model': config.model, 'safety': config.safety})
-    path, _ = open_run(workdir, config, ('decode_batch', 'tune', 'sft'), ('samples.jsonl',))
+    path, begun = open_run(workdir, config, ('decode_batch', 'tune', 'sft'), ('samples.jsonl',))
+    models = made_from.of_models({'model': config.model, 'safety': config.safety})
+    sources = made_from.of_sources('prompts', [config.prompts]) | made_from.of_sources('templates', [config.templates])
+    record_inputs(path, models | sources, begun)
     rows = sample(config, path / 'samples.jsonl')
     write_kept(rows, path / 'dialogs.jsonl')
     say_scores(rows)

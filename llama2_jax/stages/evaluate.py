@@ -12,7 +12,9 @@ from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.config import Config, UserError, between
+from llama2_jax.convert.fingerprint import fingerprint
 from llama2_jax.convert.load import open_model
+from llama2_jax.data import sources
 from llama2_jax.evals import report
 from llama2_jax.evals.ask import Asker
 from llama2_jax.evals.files import Files, Missing
@@ -22,7 +24,7 @@ from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
 from llama2_jax.files import locate, make_directory, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages.generate import open_engine
+from llama2_jax.stages.generate import check_settings, identity, open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
 from llama2_jax.stages.rows import growing, resume_rows
 
@@ -83,8 +85,10 @@ def run(config: EvaluateConfig) -> None:
     found, skipped = load_all([adapted(TASKS[name], config, chat) for name in names], config, helpers)
     engine = open_engine(config.model, config.batch_size, config.int8)
     say(f'{config.model}: asked {"in the chat format" if chat else "with plain prompts"}.')
+    model = identity(config.model, config.int8)
     results = {
-        task.name: run_task(task, config, Asker(engine, chat, config.seed), helpers, path, loaded) for task, loaded in found
+        task.name: run_task(task, config, model, Asker(engine, chat, config.seed), helpers, path, loaded)
+        for task, loaded in found
     }
     finish(config, results, skipped, report.rows(results, size := size_of(engine.config), chat), size, chat)
     if named := [name for name in config.tasks if name in skipped]:
@@ -145,13 +149,28 @@ def adapted(task: Task, config: EvaluateConfig, chat: bool = False) -> Task:
     return dataclasses.replace(task, shots=shots, decoding=decoding)
 
 
+def judges_of(config: EvaluateConfig, task: Task) -> dict[str, str]:
+    """The judges of a task that are models, with what they are; grades depend on them."""
+    judges = {'true': config.truth_judge, 'informative': config.info_judge, 'violates': config.safety_judge}
+    found = {name: f'{judge} ({fingerprint(judge)})' for name, judge in judges.items() if judge and name in task.helpers}
+    if config.toxicity and 'toxic' in task.helpers:
+        found['toxic'] = f'{config.toxicity} ({sources.fingerprint(f"text:{config.toxicity}/*")})'
+    return found
+
+
 def run_task(
-    task: Task, config: EvaluateConfig, asker: Asker, helpers: Mapping[str, Helper], path: Path, loaded: Loaded | None = None
+    task: Task,
+    config: EvaluateConfig,
+    model: dict[str, Any],
+    asker: Asker,
+    helpers: Mapping[str, Helper],
+    path: Path,
+    loaded: Loaded | None = None,
 ) -> dict[str, Any]:
-    """Outputs of the model, as far as they are not there yet, grades of them, and means."""
+    """Outputs of the model, as far as they are not there yet, grades of them, and means; `model` is its `identity`."""
     files, examples = loaded or load(task, config)
     settings = {
-        'model': str(locate(config.model)), 'int8': config.int8, 'chat': asker.chat, 'shots': task.shots,
+        **model, 'judges': judges_of(config, task), 'chat': asker.chat, 'shots': task.shots,
         'decoding': task.decoding and dataclasses.asdict(task.decoding), 'seed': config.seed, 'files': list(files.used),
         'graders': GRADERS, 'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
     }  # fmt: skip
@@ -159,8 +178,7 @@ def run_task(
     result = path / f'{task.name}.json'
     if result.exists():
         done = json.loads(result.read_text(encoding='utf-8'))
-        if done['settings'] != settings:
-            raise UserError(f'{result} holds results of other settings or files: give another --output, or remove it.')
+        check_settings(result, settings, done['settings'])
         say(f'{task.name}: the results are there already.')
         return done
     say(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')
@@ -210,8 +228,8 @@ def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example
     They are written as they come, in no order; the same call again goes on.
     """
     rows = resume_rows(path)
-    if rows and rows[0] != settings:
-        raise UserError(f'{path} holds outputs for other settings or files: give another --output, or remove it.')
+    if rows:
+        check_settings(path, settings, rows[0])
     found = {row['index']: row for row in rows[1:]}
     todo = {index: example for index, example in enumerate(examples) if index not in found}
     tokens = 0

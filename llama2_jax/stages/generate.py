@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama2_jax.config import ModelConfig, UserError
+from llama2_jax.convert.fingerprint import fingerprint
 from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of
 from llama2_jax.data.sources import read_records
-from llama2_jax.files import write_atomically
+from llama2_jax.files import locate, write_atomically
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.engine import Engine, Request, Sample
@@ -29,6 +30,7 @@ from llama2_jax.stages.rows import growing, resume_rows
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
+from llama2_jax.train.workdir import differences, read_object
 
 SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids', 'answer'}
 PROMPTS = ('prompt', 'messages', 'token_ids')
@@ -135,8 +137,8 @@ def run(
     rows = [(record.fields, record.where) for record in read_records(as_source(prompts))]
     requests = [_request(engine, index, row, where, defaults) for index, (row, where) in enumerate(rows)]
     path = Path(output)
-    stamp = json.dumps({**settings, **defaults, 'logprobs': logprobs, 'prompts': fingerprint(rows)}, sort_keys=True)
-    done = resume(path, stamp, [_name(index, row) for index, (row, _) in enumerate(rows)])
+    made_from = {**settings, **defaults, 'logprobs': logprobs, 'content of the prompts': rows_fingerprint(rows)}
+    done = resume(path, made_from, [_name(index, row) for index, (row, _) in enumerate(rows)])
     if done:
         say(f'{output}: {done} of {len(rows)} are there already.')
     blocked = [_is_blocked(row) for row, _ in rows]
@@ -174,7 +176,7 @@ def as_source(rows: str) -> str:
     return rows if re.match(r'(toy|rows|jsonl|arrayrecord|tfds):', rows) else f'jsonl:{rows}'
 
 
-def fingerprint(rows: list[tuple[Any, str]]) -> int:
+def rows_fingerprint(rows: list[tuple[Any, str]]) -> int:
     """A number that changes with rows (content, where)."""
     return zlib.crc32(json.dumps([row for row, _ in rows], sort_keys=True, default=str).encode())
 
@@ -184,19 +186,44 @@ def _record(sample: Sample, logprobs: bool) -> dict[str, Any]:
     return {**record, 'logprobs': sample.logprobs} if logprobs else record
 
 
-def resume(path: Path, stamp: str, names: list[Any]) -> int:
-    """How many results are there already; a last line that was cut short goes. Every process comes to the same count."""
+def identity(model: str, int8: bool = False) -> dict[str, Any]:
+    """What results depend on of a model: where it lies, what it is, and in which precision it is used."""
+    return {'model': str(locate(model)), 'content of the model': fingerprint(model), 'int8': int8}
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Compares settings with those that were recorded for the results in `path`.
+
+    Raises:
+      UserError: they differ, naming the first one.
+    """
+    for field, ours, theirs in differences(settings, recorded):
+        raise UserError(f'{path} holds results for {field}={theirs}, and this command has {field}={ours}: give another --output.')
+
+
+def resume(path: Path, settings: Mapping[str, Any], names: list[Any]) -> int:
+    """How many results are there already; a last line that was cut short goes. Every process comes to the same count.
+
+    Args:
+      path: of the results; their settings are in a file beside it.
+      settings: what the results depend on.
+      names: the ids of all results.
+
+    Raises:
+      UserError: the results are of other settings, or not in the order of `names`.
+    """
     beside = path.with_name(path.name + '.settings')
     if not path.exists():
         barrier('no output yet')
         if is_main_process():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(beside, stamp)
+            write_atomically(beside, json.dumps(settings))
             write_atomically(path, '')
         barrier('output made')
         return 0
-    if not beside.exists() or beside.read_text(encoding='utf-8') != stamp:
-        raise UserError(f'{path} holds the results of other prompts or settings: give another --output, or remove it.')
+    if not beside.exists():
+        raise UserError(f'{path} is there without {beside.name}, so what it was made from is not known: give another --output.')
+    check_settings(path, settings, read_object(beside))
     rows = resume_rows(path)
     if [row.get('id') for row in rows] != names[: len(rows)]:
         raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')

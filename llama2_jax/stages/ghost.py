@@ -22,13 +22,13 @@ from llama2_jax.evals.talk import hold
 from llama2_jax.files import write_atomically
 from llama2_jax.model.engine import Engine, Request
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import sft
+from llama2_jax.stages import made_from, sft
 from llama2_jax.stages.generate import open_engine
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
 
@@ -89,8 +89,11 @@ def run(config: GhostConfig, workdir: str) -> None:
       UserError: any mistake in the config, the model, the dialogs or the constraints.
     """
     check_inputs(config, 'model', 'dialogs')
-    path, _ = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
+    path, begun = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
     talks, judged = read_questions(config)
+    constraints = '' if config.constraints == 'toy' else config.constraints
+    sources = made_from.of_sources('dialogs', [config.dialogs]) | made_from.of_sources('constraints', [constraints])
+    record_inputs(path, made_from.of_models({'model': config.model}) | sources, begun)
     engine = open_engine(config.model, config.batch_size, config.int8)
     kinds = open_constraints(config, engine, path / 'constraints.jsonl')
     rows = sample(config, engine, kinds, talks, path / 'samples.jsonl')

@@ -19,12 +19,13 @@ from llama2_jax.model.llama import Llama
 from llama2_jax.model.lora import make_adapters, merge
 from llama2_jax.model.score import ScoreModel
 from llama2_jax.runtime import say
+from llama2_jax.stages import made_from
 from llama2_jax.stages.devices import check_mesh, describe_mesh
 from llama2_jax.stages.generate import open_scorer
 from llama2_jax.stages.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.stages.ppo_update import Learners, PPOConfig, Programs, build
 from llama2_jax.stages.rollout import Rewards, Rollout, by_oracle, open_rewards
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -80,15 +81,16 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     """Checks everything, opens the workdir, and lays the models out."""
     check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety')
     check_judge(config)
-    models = {'init_from': config.init_from, 'rewards.helpfulness': config.rewards.helpfulness}
-    models |= {'rewards.safety': config.rewards.safety}
+    models = {'init_from': config.init_from} | config.rewards.models
     models |= {'judge': config.judge} if config.judge not in ('', 'oracle') else {}
     tokenizer = common_tokenizer(models)
     mesh = set_mesh(config.mesh)
     source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
     check(config, source.config, value.config, mesh)
     data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
-    path, _ = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
+    path, begun = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
+    made = made_from.of_models(models | {'value_from': config.value_from})
+    record_inputs(path, made | made_from.of_mixture('prompts.mixture', config.prompts.mixture), begun)
     compute = config.compute.on(jax.default_backend())
     rewards = open_rewards(config.rewards, tokenizer)
     reference, _ = load_model(config.init_from, compute.dtype)

@@ -22,7 +22,7 @@ from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -93,6 +93,8 @@ def run(config: PretrainConfig, workdir: str) -> State:
         process_count=jax.process_count(),
         barrier=partial(barrier, seconds=DAY),  # one may have more to tokenise than another
     )
+    sources = {f'data.mixture={source}': text for source, text in data.fingerprints.items()}
+    record_inputs(path, {'tokenizer': tokenizer.fingerprint} | sources, started)
     say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     compute = config.compute.on(jax.default_backend())
     abstract, init, step = build(config, compute)

@@ -32,7 +32,7 @@ from llama2_jax.files import save_figure, write_atomically, writing
 from llama2_jax.mesh import make_mesh
 from llama2_jax.model.engine import Engine
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import generate, sft
+from llama2_jax.stages import generate, made_from, sft
 from llama2_jax.stages.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.stages.rollout import (
     Rewards,
@@ -45,7 +45,7 @@ from llama2_jax.stages.rollout import (
     write_rollouts,
 )
 from llama2_jax.stages.sft import SftConfig
-from llama2_jax.train.workdir import no_space_is_said, open_run
+from llama2_jax.train.workdir import no_space_is_said, open_run, record_inputs
 
 FILE_PROMPTS = 64  # in a file of samples
 
@@ -95,7 +95,13 @@ def run(config: RejectionConfig, workdir: str) -> None:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
     check(config)
-    path, _ = open_run(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft'), ('samples/*.jsonl', 'temperature.json'))
+    results = ('samples/*.jsonl', 'temperature.json', 'choices.jsonl')
+    path, begun = open_run(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft'), results)
+    prompts = made_from.of_mixture('prompts.mixture', config.prompts.mixture)
+    earlier = made_from.of_sources('earlier', [f'jsonl:{earlier}/choices.jsonl' for earlier in config.earlier])
+    record_inputs(
+        path, made_from.of_models({'sample_from': config.sample_from} | config.rewards.models) | prompts | earlier, begun
+    )
     if not (path / 'choices.jsonl').exists():
         sample_and_choose(config, path)
     sft.run_within(config.sft, path, path / 'choices.jsonl')

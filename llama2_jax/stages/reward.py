@@ -26,6 +26,7 @@ from llama2_jax.model.score import ScoreModel, scores_at, with_score
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.stages import made_from
 from llama2_jax.stages.devices import check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.text.dialog import encode_dialog
@@ -35,7 +36,7 @@ from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')
@@ -88,6 +89,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     shards = check(config, source.config, mesh)
     tokenizer = tokenizer_of(source)
     path, started = open_run(workdir, config, MAY_CHANGE)
+    record_inputs(path, made_from.of_tuning(config.init_from, config.data.mixture), started)
     data = PreferenceData(
         config.data,
         tokenizer,

@@ -22,7 +22,7 @@ from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.files import save_figure, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import collect, distill, ghost, ppo, rejection, reward
+from llama2_jax.stages import collect, distill, ghost, made_from, ppo, rejection, reward
 from llama2_jax.stages.collect import CollectConfig
 from llama2_jax.stages.distill import DistillConfig
 from llama2_jax.stages.generate import open_engine
@@ -42,7 +42,7 @@ from llama2_jax.stages.rollout import (
     write_rollouts,
 )
 from llama2_jax.stages.sft import SftConfig
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (
@@ -106,7 +106,9 @@ def run(config: RlhfConfig, workdir: str) -> None:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
     check(config)
-    path, _ = open_run(workdir, config, MAY_CHANGE, ('v1',))
+    path, begun = open_run(workdir, config, MAY_CHANGE, ('v1',))
+    models = {'init_from': config.init_from, 'base': config.base} | config.rewards.models
+    record_inputs(path, made_from.of_models(models) | made_from.of_sources('evaluation', [config.evaluation]), begun)
     learned: list[Path] = []  # dialogs of Ghost Attention and distillation
     models, done, policy, rewards = {'SFT': config.init_from}, [], config.init_from, config.rewards
     for number in range(1, config.versions + 1):

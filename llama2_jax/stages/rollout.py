@@ -44,6 +44,11 @@ class RewardsConfig(Config):
     missing_eos_penalty: float = 1.0
     batch_size: int = between(64, 1)
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Both reward models by option."""
+        return {'rewards.helpfulness': self.helpfulness, 'rewards.safety': self.safety}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:

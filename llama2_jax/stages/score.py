@@ -10,9 +10,9 @@ from llama2_jax.config import UserError
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals import preference
-from llama2_jax.files import locate, make_directory, write_atomically
+from llama2_jax.files import make_directory, write_atomically
 from llama2_jax.runtime import is_main_process, say
-from llama2_jax.stages.generate import as_source, fingerprint, open_scorer, resume
+from llama2_jax.stages.generate import as_source, identity, open_scorer, resume, rows_fingerprint
 from llama2_jax.stages.rows import growing
 from llama2_jax.text.dialog import encode_dialog
 
@@ -62,8 +62,7 @@ def score_file(model: str, dialogs: str, output: str, batch_size: int) -> None:
         rows.append(ids)
         texts.append((dialog, where))
     path = Path(output)
-    stamp = json.dumps({'model': str(locate(model)), 'dialogs': fingerprint(texts)})
-    done = resume(path, stamp, names)
+    done = resume(path, {**identity(model), 'content of the dialogs': rows_fingerprint(texts)}, names)
     if done:
         say(f'{output}: {done} of {len(rows)} are there already.')
     bar = tqdm(total=len(rows), initial=done, unit='answer', dynamic_ncols=True, disable=not is_main_process())

@@ -24,6 +24,7 @@ from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, adapt, in_eight_bits, make_adapters, merge
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.stages import made_from
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.frozen import load_frozen, merge_on_host
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
@@ -36,7 +37,7 @@ from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run
+from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'merge', 'compute.remat', 'compute.attention')
@@ -97,6 +98,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     check(config, model, mesh)
     tokenizer = tokenizer_of(source)
     path, started = open_run(workdir, config, MAY_CHANGE)
+    record_inputs(path, made_from.of_tuning(config.init_from, config.data.mixture), started)
     data = DialogData(
         config.data,
         tokenizer,
@@ -166,11 +168,14 @@ def command(model: str, dialogs: Path) -> str:
 
 def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
     """Fine-tunes for another stage in `path`/sft, on `dialogs` and the mixture besides; the model becomes `path`/model."""
-    if is_saved(path / 'model'):
-        say(f'The model is in {path / "model"}.')
-        return
     mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))
-    run(dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture)), str(path / 'sft'), path / 'model')
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture))
+    if not is_saved(path / 'model'):
+        run(config, str(path / 'sft'), path / 'model')
+        return
+    workdir, started = open_run(path / 'sft', config, MAY_CHANGE)
+    record_inputs(workdir, made_from.of_tuning(config.init_from, mixture), started)
+    say(f'The model is in {path / "model"}.')
 
 
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:

@@ -96,12 +96,16 @@ def open_tokenizer(path: str, mixture: str, vocab_size: int, own: Path, keep: bo
       mixture: what the run's own is trained on.
       vocab_size: the model's.
       own: the file of the run's own.
-      keep: use that file if it is there; else it is trained anew.
+      keep: there are checkpoints, so that file is used; else it is trained.
 
     Raises:
-      UserError: the vocabulary is not the model's, or nothing can be trained on.
+      UserError: there are checkpoints and no such file, the vocabulary is not the model's, or nothing can be trained on.
     """
-    if not path and not (keep and own.exists()) and runtime.is_main_process():
+    if not path and keep and not own.exists():
+        raise UserError(
+            f'{own} is missing, and the checkpoints beside it were trained with it: restore it, or use another --workdir.'
+        )
+    if not path and not keep and runtime.is_main_process():
         runtime.say(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
         train_tokenizer(documents([component.source for component in parse_mixture(mixture)]), own, vocab_size)
     runtime.barrier('tokenizer', hosts.DAY)  # it may take hours

@@ -13,7 +13,7 @@ from llama2_jax.data.sources import read_records
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import cut_left
 from llama2_jax.evals.measure import wilson
-from llama2_jax.files import locate, make_directory, write_atomically
+from llama2_jax.files import make_directory, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate
 from llama2_jax.stages.generate import open_engine, open_scorer
@@ -115,7 +115,7 @@ def answer(config: VersusConfig, model: str, rows: Path, output: Path) -> list[s
     output = output.with_suffix('.jsonl')
     say(f'{model} answers.')
     engine = open_engine(model, config.batch_size, config.int8)
-    generate.run(engine, str(rows), str(output), settings, {'model': str(locate(model)), 'int8': config.int8})
+    generate.run(engine, str(rows), str(output), settings, generate.identity(model, config.int8))
     barrier('answers written')
     return [json.loads(line)['samples'][0]['text'].strip() for line in output.read_text(encoding='utf-8').splitlines()]
 

@@ -1,8 +1,11 @@
 """Checkpoints on Orbax: plain names on disk, any mesh on the way back, damage found before it is used."""
 
+import collections
 import contextlib
 import dataclasses
 import gc
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils.epath import Path
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llama2_jax.config import UserError, nearest
-from llama2_jax.files import locate
-from llama2_jax.runtime import barrier
-from llama2_jax.train.workdir import no_space_is_said
+from llama2_jax.files import check_name, is_remote, locate
+from llama2_jax.runtime import barrier, is_main_process
+from llama2_jax.train.workdir import check_inputs, no_space_is_said, read_inputs
 
 # An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
 # without reading what is not wanted.
@@ -65,13 +69,15 @@ def save_params(directory: str | os.PathLike, params: Tree) -> None:
     """Writes `params` to `directory` in place of what is there. Every process calls it; it returns when all is written.
 
     Raises:
-      UserError: no space is left.
+      UserError: no space is left, or what was written is not complete.
     """
     directory = locate(directory)
+    check_name(directory)
     tree = to_dict(params)
     pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()), tree)
     with no_space_is_said(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, tree, save_args=pieces, force=True)
+    _check_complete(directory, _shapes(params))
 
 
 def load_params(directory: str | os.PathLike, abstract: Tree, cast: bool = False) -> Tree:
@@ -96,6 +102,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 3, keep_best: bool = True, keep_every: int = 0):
         self.directory = locate(directory)
+        check_name(self.directory)
+        self._unchecked: tuple[int, dict[str, tuple[int, ...]]] | None = None  # the save under way, and its shapes
+        self._inputs = read_inputs(self.directory.parent)  # every checkpoint holds what it was made from
         self._retention = _Retention(keep_last, keep_best, keep_every)
         # Cleaning up removes what a killed save has left: a checkpoint gets its name only once it is whole.
         options = ocp.CheckpointManagerOptions(preservation_policy=self._retention, cleanup_tmp_directories=True)
@@ -118,10 +127,12 @@ class Checkpoints:
           progress: whatever else is needed to continue, as JSON values.
           heldout_loss: of this very state, if known.
         """
-        extras = {'heldout_loss': heldout_loss, 'checksums': checksums(state), 'progress': dict(progress)}
+        extras = {'heldout_loss': heldout_loss, 'checksums': checksums(state), 'progress': dict(progress), 'inputs': self._inputs}
+        self.wait()
         self._retention.losses[step] = heldout_loss
         items = ocp.args.Composite(state=ocp.args.StandardSave(to_dict(state)), extras=ocp.args.JsonSave(extras))
         self._manager.save(step, args=items, force=True)
+        self._unchecked = step, _shapes(state)
 
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """The newest sound checkpoint as (state, progress), or None if there are none.
@@ -144,14 +155,19 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when the save under way is complete; raises if it failed."""
+        """Returns when the save under way is complete; raises if it failed or cannot be read back."""
         self._manager.wait_until_finished()
+        if self._unchecked:
+            (step, shapes), self._unchecked = self._unchecked, None
+            _check_complete(self.directory / str(step) / 'state', shapes)
 
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        with contextlib.closing(self._manager):
+            if kind is None:
+                self.wait()
 
     def _read_progress(self, step: int) -> dict[str, Any]:
         return ocp.JsonCheckpointHandler().restore(self.directory / str(step) / 'extras')
@@ -162,6 +178,8 @@ class Checkpoints:
         try:
             with _damage_is_said(''):
                 extras = self._read_progress(step)
+                if self._inputs and extras.get('inputs'):
+                    check_inputs(str(self.directory / str(step)), self._inputs, extras['inputs'])
                 extras = {key: extras[key] for key in ('progress', 'checksums')}
                 state = _read(self.directory / str(step) / 'state', abstract)
         except _DamageError as error:
@@ -205,6 +223,43 @@ class _Retention:
         if self.best and known:
             keep.add(min(known, key=lambda step: (self.losses[step], step)))
         return [step in keep for step in steps]
+
+
+def store_of(directory: Path) -> dict[str, Any]:
+    """Where TensorStore finds the arrays of a save: files, or the database that Orbax makes of them."""
+    bucket, _, place = str(directory).removeprefix('gs://').partition('/')
+    base = (
+        {'driver': 'gcs', 'bucket': bucket, 'path': f'{place}/'}
+        if is_remote(directory)
+        else {'driver': 'file', 'path': f'{directory}/'}
+    )
+    return {'driver': 'ocdbt', 'base': base} if (directory / 'manifest.ocdbt').exists() else base
+
+
+def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """By the name of each array on disk."""
+    leaves = zip(names(tree), jax.tree.leaves(tree), strict=True)
+    return {name.replace('/', '.'): tuple(np.shape(leaf)) for name, leaf in leaves}
+
+
+def _check_complete(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Sees, on the main process, that every piece of every array is there; what is in them is not read.
+
+    Raises:
+      UserError: naming the first array that could not be read back.
+    """
+    if not is_main_process():
+        return
+    store = ts.KvStore.open(store_of(directory)).result()
+    found = collections.Counter(key.decode().rpartition('/')[0] for key in store.list().result())
+    for name, shape in shapes.items():
+        metadata = store.read(f'{name}/.zarray').result().value
+        pieces = math.prod(map(math.ceil, np.divide(shape, json.loads(metadata)['chunks']))) if metadata else 0
+        if found[name] < 1 + pieces or not metadata:
+            raise UserError(
+                f'What was saved in {directory} cannot be read back: of the array {name!r} {max(found[name] - 1, 0)} of {pieces} '
+                'pieces are there. Look at the disk and the name of the directory, and run again.'
+            )
 
 
 def checksums(tree: Tree) -> list[int]:

@@ -1,6 +1,7 @@
-"""The working directory of a run: it belongs to one configuration, and its small files change atomically."""
+"""The working directory of a run: it belongs to one configuration and its inputs, and its small files change atomically."""
 
 import contextlib
+import contextvars
 import dataclasses
 import errno
 import fcntl
@@ -15,11 +16,37 @@ from etils.epath import Path
 
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
-from llama2_jax.files import bucket_errors, is_remote, locate, matching, write_atomically
-from llama2_jax.runtime import barrier
+from llama2_jax.files import bucket_errors, check_name, is_remote, locate, matching, write_atomically
+from llama2_jax.runtime import barrier, is_main_process, say
 
+INPUTS = 'inputs.json'
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _locked: set[Path] = set()  # workdirs, by this process
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumeConfig(config_lib.Config):
+    """How a run continues; this holds for one command, so no workdir keeps it.
+
+    Attributes:
+      resume_with_changed_data: continues although data, a tokenizer or a model differ from those that the run began with.
+    """
+
+    resume_with_changed_data: bool = False
+
+
+_AS_BEGUN = ResumeConfig()
+_resume = contextvars.ContextVar('resume', default=_AS_BEGUN)
+
+
+@contextlib.contextmanager
+def resuming(config: ResumeConfig) -> Iterator[None]:
+    """Runs inside, and the stages that they start, continue in this way."""
+    token = _resume.set(config)
+    try:
+        yield
+    finally:
+        _resume.reset(token)
 
 
 def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str, ...] = ()) -> Path:
@@ -33,6 +60,7 @@ def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str,
         named), its config.json is damaged, it cannot be written, or another run is at work in it.
     """
     workdir = locate(workdir)
+    check_name(workdir)
     path = workdir / 'config.json'
     text = config_lib.to_json(config)
     with bucket_errors(workdir):
@@ -91,21 +119,90 @@ def _lock(workdir: Path) -> None:
     _locked.add(workdir)
 
 
-def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:
+def record_inputs(workdir: Path, inputs: Mapping[str, str], begun: bool) -> None:
+    """Writes workdir/inputs.json, or checks that a run which has results still has the inputs it began with.
+
+    Every process calls it, before anything expensive.
+
+    Args:
+      workdir: as `open_run` returned it.
+      inputs: name, such as 'data jsonl:a.jsonl' or 'init_from', -> fingerprint of rows, tokenizer or model.
+      begun: whether there are results, as `open_run` returned it.
+
+    Raises:
+      UserError: an input differs (the first one is named with both fingerprints), and `resuming` does not allow it.
+    """
+    path = workdir / INPUTS
+    if begun and path.exists():
+        check_inputs(str(workdir), inputs, read_inputs(workdir))
+    elif begun:
+        say(f'{workdir} has results and no inputs.json, so whether its data and models are the same is not known.')
+    barrier('inputs checked')
+    if is_main_process():
+        with no_space_is_said(workdir):
+            write_atomically(path, json.dumps(dict(inputs), indent=2, ensure_ascii=False) + '\n')
+    barrier('inputs written')
+
+
+def read_inputs(workdir: Path) -> dict[str, str]:
+    """What `record_inputs` wrote in a workdir; nothing where it did not."""
+    path = workdir / INPUTS
+    return read_object(path) if path.exists() else {}
+
+
+def check_inputs(what: str, inputs: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Compares inputs with recorded ones; `what` was made from those.
+
+    Raises:
+      UserError: they differ, and `resuming` does not allow it.
+    """
+    for name, *texts in differences(inputs, recorded):
+        ours, theirs = (text.strip('"') for text in texts)
+        if not _resume.get().resume_with_changed_data:
+            raise UserError(
+                f'{what} was made from {name} ({theirs}), which has changed ({ours}): restore it, use another --workdir, or, '
+                'if the change is meant, add --set resume_with_changed_data=true.'
+            )
+        say(f'Continuing {what} with another {name}: {ours} in place of {theirs}.')
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a run keeps in a file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
-        theirs = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}); restore it, or start in another --workdir.') from None
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if isinstance(found, dict):
+            return found
+        error: Any = 'it is not a JSON object'
+    except ValueError as invalid:
+        error = invalid
+    raise UserError(f'{path} is damaged ({error}): restore it, or start in another --workdir.')
+
+
+def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:
+    for field, our_text, their_text in differences(ours, read_object(path), may_change):
+        raise UserError(
+            f'{path.parent} belongs to a run with {field}={their_text}, and this one has {field}={our_text}: '
+            'use the same settings to continue it, or another --workdir.'
+        )
+
+
+def differences(ours: Mapping, theirs: Mapping, may_change: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """The fields in which nested JSON objects differ, each as (dotted path, our value, their value) for people."""
     ours, theirs = dict(_fields(ours)), dict(_fields(theirs))
     for field in [*ours, *(theirs.keys() - ours.keys())]:
         if any(field == free or field.startswith(free + '.') for free in may_change):
             continue
-        ours_text, theirs_text = (json.dumps(side[field]) if field in side else 'nothing' for side in (ours, theirs))
-        if ours_text != theirs_text:
-            raise UserError(
-                f'{path.parent} belongs to a run with {field}={theirs_text}, and this one has {field}={ours_text}: '
-                'use the same settings to continue it, or another --workdir.'
-            )
+        texts = [_text(side[field]) if field in side else 'nothing' for side in (ours, theirs)]
+        if texts[0] != texts[1]:
+            yield field, *texts
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _fields(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:

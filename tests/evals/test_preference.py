@@ -108,7 +108,7 @@ def test_scoring_a_file_goes_on_where_it_stopped(home, tmp_path):
         [json.loads(line)['score'] for line in out.read_text().splitlines()], [line['score'] for line in lines], atol=1e-6
     )
     (tmp_path / 'other.jsonl').write_text(json.dumps({'prompt': 'Hi', 'completion': 'Hello.'}))
-    with pytest.raises(UserError, match='holds the results of other prompts or settings'):
+    with pytest.raises(UserError, match='holds results for content of the dialogs'):
         score_file(str(home / 'rm'), str(tmp_path / 'other.jsonl'), str(out), batch_size=8)
     (tmp_path / 'long.jsonl').write_text(json.dumps({'prompt': 'x' * 300, 'completion': 'Hello.'}))
     with pytest.raises(UserError, match='long.jsonl:1: the dialog has .* tokens, beyond the context of 128'):

@@ -10,7 +10,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data.comparisons import read_comparisons
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.model.engine import Sample
-from llama2_jax.stages import collect
+from llama2_jax.stages import collect, made_from
 from llama2_jax.stages.collect import CollectConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 
@@ -42,6 +42,7 @@ class Fake:
 def run(tokenizer, tmp_path, monkeypatch, any_name):
     def start(**changes):
         asked = collections.Counter()
+        monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
         monkeypatch.setattr(collect, 'open_engine', lambda name, _: Fake(name, tokenizer, asked))
         monkeypatch.setattr(collect, 'BLOCK', 8)
         given = {'models': ('good', 'bad'), 'prompts': 'toy:prompts', 'count': 20, 'raters': 'helpfulness'}

@@ -12,7 +12,7 @@ from llama2_jax.data.preprompts import TEMPLATES, preprompt
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.model.engine import Sample
-from llama2_jax.stages import distill
+from llama2_jax.stages import distill, made_from
 from llama2_jax.stages.distill import DistillConfig, prefixed, read_templates
 from llama2_jax.text.tokenizer import train_tokenizer
 
@@ -55,6 +55,7 @@ def run(tokenizer, tmp_path, monkeypatch, any_name):
 
     def start(workdir='out', **changes):
         fake = Fake(tokenizer)
+        monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
         monkeypatch.setattr(distill, 'open_engine', lambda *_: fake)
         monkeypatch.setattr(distill, 'open_scorer', lambda *_: fake)
         monkeypatch.setattr(distill, 'BLOCK', 8)

@@ -100,7 +100,7 @@ def test_what_is_written(done):
 def test_finished_tasks_are_not_run_again(done, monkeypatch):
     monkeypatch.setattr(Asker, 'ask', None)
     evaluate.run(done)
-    with pytest.raises(UserError, match=r'mmlu\.json holds results of other settings or files'):
+    with pytest.raises(UserError, match=r'mmlu\.json holds results for '):
         evaluate.run(dataclasses.replace(done, limit=1))
 
 
@@ -171,7 +171,7 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged: it has lines that are no rows'):
         evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
     path.write_text('{}\n')
-    with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds outputs for other settings'):
+    with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds results for '):
         evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
 
 

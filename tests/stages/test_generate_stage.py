@@ -83,9 +83,9 @@ def test_an_interrupted_run_goes_on(engine, tmp_path):
         cut.write_bytes(whole.read_bytes()[:end])
         generate.run(engine, prompts, cut, SETTINGS, {'model': 'm'})
         assert cut.read_bytes() == whole.read_bytes()
-    with pytest.raises(UserError, match=r'whole\.jsonl holds the results of other prompts or settings'):
+    with pytest.raises(UserError, match=r'whole\.jsonl holds results for temperature=1.0'):
         generate.run(engine, prompts, whole, SETTINGS | {'temperature': 0.5}, {'model': 'm'})
-    with pytest.raises(UserError, match='other prompts or settings'):
+    with pytest.raises(UserError, match='holds results for content of the prompts'):
         generate.run(engine, write(tmp_path / 'in.jsonl', ROWS[:-1]), whole, SETTINGS, {'model': 'm'})
     cut.write_text('{"id": 7}\n')
     with pytest.raises(UserError, match=r'cut\.jsonl is damaged: its lines are not results of the prompts'):

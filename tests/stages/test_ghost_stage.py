@@ -16,7 +16,7 @@ from llama2_jax.data.toy.instructions import KINDS, dress, obeys, parse
 from llama2_jax.evals.ghost import Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
 from llama2_jax.model.engine import Sample
-from llama2_jax.stages import ghost
+from llama2_jax.stages import ghost, made_from
 from llama2_jax.stages.ghost import GhostConfig, cut, ghost_dialog, plan
 from llama2_jax.text.tokenizer import train_tokenizer
 
@@ -142,6 +142,7 @@ def run(tokenizer, tmp_path, monkeypatch, any_name):
 
     def start(answer=moody, workdir='gatt', **changes):
         engine = Fake(tokenizer, answer)
+        monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
         monkeypatch.setattr(ghost, 'open_engine', lambda *_: engine)
         given = {'model': 'm', 'dialogs': f'jsonl:{tmp_path}/d.jsonl', 'constraints': 'toy', 'grader': 'toy', 'most': 2}
         ghost.run(

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama2_jax.config import UserError
 from llama2_jax.train.checkpoint import Checkpoints, checksums, load_params, names, save_params, to_dict
-from llama2_jax.train.workdir import no_space_is_said
+from llama2_jax.train.workdir import no_space_is_said, open_workdir
 
 NOISE = np.random.default_rng(0).normal(size=500_000).astype(np.float32)  # 2 MB that cannot be compressed
 STATE = {'w': jnp.asarray(NOISE[:1000].reshape(20, 50)), 'n': jnp.int32(7)}
@@ -205,3 +205,39 @@ def test_a_file_size_limit_is_no_space_left(tmp_path):
             save_params(tmp_path / 'p', {'w': jnp.asarray(NOISE)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('name', ['run[lr=0.01]', 'a\\b', 'run*', 'run?', 'run]', '\udcff'])
+def test_names_that_cannot_be_read_back_are_refused(tmp_path, name):
+    for save in (save_params, lambda directory, state: saved(directory), open_workdir):
+        with pytest.raises(UserError, match='use another name'):
+            save(tmp_path / name, STATE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('name', ['a b', 'ünï 漢', 'a%20b', '{x}', '-lead', "a'b", 'a#b', 'lr=0.1,b:2'])
+def test_names_that_look_odd_are_read_back(tmp_path, name):
+    save_params(tmp_path / name / 'params', STATE)
+    equal(load_params(tmp_path / name / 'params', STATE), STATE)
+    saved(tmp_path / name / 'checkpoints')
+    with Checkpoints(tmp_path / name / 'checkpoints') as checkpoints:
+        equal(checkpoints.restore(STATE)[0], plus(2))
+
+
+def test_a_save_that_cannot_be_read_back_is_an_error(tmp_path, monkeypatch):
+    merge = 'orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files'
+    monkeypatch.setattr(merge, merged_to_nothing)
+    with pytest.raises(UserError, match=r"params cannot be read back: of the array '[wn]' 0 of"):
+        save_params(tmp_path / 'params', STATE)
+    with pytest.raises(UserError, match=r'checkpoints/1/state cannot be read back'):
+        saved(tmp_path / 'checkpoints')
+
+
+async def merged_to_nothing(*arguments, **settings):
+    """What a glob that finds nothing amounts to."""
+
+
+def test_saves_in_pieces_are_counted(tmp_path):
+    zeros = {'w': jnp.zeros((3, 7, 5)), 'n': jnp.int32(0)}
+    save_params(tmp_path / 'params', zeros)
+    equal(load_params(tmp_path / 'params', zeros), zeros)
