@@ -75,7 +75,7 @@ def check_name(directory: str | os.PathLike) -> None:
       UserError: they cannot.
     """
     path = os.fspath(directory)
-    found = [character for character in '[]*?\\' if character in path]
+    found = [character for character in '[*?\\' if character in path]
     found += [character for character in path if '\ud800' <= character <= '\udfff']
     if found:
         raise UserError(f'{path!r} holds {found[0]!r}, with which no checkpoint or model can be read back: use another name.')

@@ -157,22 +157,22 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
                 yield output
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate.run_task(task, config, Half(engine, False), {}, tmp_path)
+        evaluate.run_task(task, config, {}, Half(engine, False), {}, tmp_path)
     path = tmp_path / 'letters.outputs.jsonl'
     path.write_text(path.read_text() + '{"index": 4, "outp')
-    result = evaluate.run_task(task, config, Half(engine, False), {}, tmp_path)
+    result = evaluate.run_task(task, config, {}, Half(engine, False), {}, tmp_path)
     assert [len(some) for some in asked] == [5, 2] and result['examples'] == 5 and not path.exists()
     other = tmp_path / 'other'
     other.mkdir()
-    fresh = evaluate.run_task(task, config, Asker(engine, False), {}, other)
+    fresh = evaluate.run_task(task, config, {}, Asker(engine, False), {}, other)
     assert fresh['measures'] == result['measures']
     (tmp_path / 'letters.json').unlink()
     path.write_text('{}\n{"index"\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged: it has lines that are no rows'):
-        evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
+        evaluate.run_task(task, config, {}, Asker(engine, False), {}, tmp_path)
     path.write_text('{}\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds results for '):
-        evaluate.run_task(task, config, Asker(engine, False), {}, tmp_path)
+        evaluate.run_task(task, config, {}, Asker(engine, False), {}, tmp_path)
 
 
 def test_what_cannot_be_run_is_listed(model, benchmarks, tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_some_fields_may_change(tmp_path):
 
 
 def test_until_there_are_results_all_may_change(tmp_path):
-    workdir = tmp_path / 'run [1]*'  # which is no pattern
+    workdir = tmp_path / 'run {1} %'  # which is no pattern
     assert open_run(workdir, Config(), ())[1] is False
     assert open_run(workdir, Config(steps=20), ())[1] is False
     (workdir / 'checkpoints' / '4').mkdir(parents=True)
