@@ -108,6 +108,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
     check(config)
     path, begun = open_run(workdir, config, MAY_CHANGE, ('v1',))
     models = {'init_from': config.init_from, 'base': config.base} | config.rewards.models
+    models |= {f'sample_from[{number}]': model for number, model in enumerate(config.sample_from)}
     record_inputs(path, made_from.of_models(models) | made_from.of_sources('evaluation', [config.evaluation]), begun)
     learned: list[Path] = []  # dialogs of Ghost Attention and distillation
     models, done, policy, rewards = {'SFT': config.init_from}, [], config.init_from, config.rewards
