@@ -122,12 +122,14 @@ def as_shares(components: Sequence[Component], counts: Sequence[int]) -> list[Co
     """The components of a run whose length is given (pretraining), each with a weight: 1 unless one is given.
 
     Raises:
-      UserError: `:2x`, which such a run cannot keep.
+      UserError: `:2x` or `skip=N`, which such a run does not have.
     """
     found = []
     for component in components:
         if component.times != 1:
             raise UserError(f'{component.source}: in pretraining an amount is a share of the run, such as 0.3, not 3x.')
+        if component.skip:
+            raise UserError(f'{component.source}: pretraining skips no rows yet; leave skip={component.skip} away.')
         size = sum(n for c, n in zip(components, counts, strict=True) if c.entry == component.entry)
         part = Fraction(counts[len(found)], size or 1) if component.entry else Fraction(1)
         found.append(dataclasses.replace(component, weight=(component.weight or Fraction(1)) * part))

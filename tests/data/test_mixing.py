@@ -158,3 +158,5 @@ def test_pretraining_takes_shares_alone():
     assert [c.weight for c in as_shares(parse_mixture('a + b:3, c'), [10, 20, 5])] == [1, 2, 1]
     with pytest.raises(UserError, match='^b: in pretraining'):
         as_shares(parse_mixture('a, b:2x'), [1, 1])
+    with pytest.raises(UserError, match='^b: .*skip=3'):
+        as_shares(parse_mixture('a, b skip=3'), [1, 1])
