@@ -76,7 +76,7 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                     report.flush()
                     checkpoints.save(number, learners, {'beta': beta, 'progress': dataclasses.asdict(progress)})
                 if stop:
-                    leave(number, config.iterations, checkpoints, report)
+                    leave(number, config.iterations, checkpoints, report, interruption.code)
     if is_main_process():
         plot(lines, path / 'reward_kl.png')
     best = best_evaluation(lines)

@@ -81,7 +81,7 @@ def fit(
 
     Raises:
       UserError: non-finite loss, no space left, no readable checkpoint, or data that ends early.
-      SystemExit: with code 0 after a SIGTERM, a first Ctrl-C or the notice of a preemption, when the state is saved.
+      SystemExit: when the state is saved, with code 130 after a first Ctrl-C, 143 after a SIGTERM or the notice of a preemption.
     """
     workdir = locate(workdir)
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
@@ -130,7 +130,7 @@ def fit(
                 if evaluates or number == steps:
                     report.plot()
                 if stop:
-                    leave(number, steps, checkpoints, report)
+                    leave(number, steps, checkpoints, report, interruption.code)
                 meter.pause()
     return state
 
@@ -161,12 +161,12 @@ def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, 
     raise UserError(f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N goes on without up to N such steps.')
 
 
-def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report) -> None:
+def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report, code: int) -> None:
     """Ends the process when the state of a step is saved, and says how to go on."""
     checkpoints.wait()
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     report.say(f'Interrupted: step {number} of {steps} is saved in {checkpoints.directory}. To continue, run it again: {command}')
-    raise SystemExit(0)
+    raise SystemExit(code)
 
 
 class Interruption:
@@ -176,7 +176,7 @@ class Interruption:
     """
 
     def __enter__(self) -> 'Interruption':
-        self._asked, self._before = False, {}
+        self._asked, self._before, self.code = False, {}, 128 + signal.SIGTERM
         if threading.current_thread() is not threading.main_thread():  # notebooks' threads cannot listen
             return self
         self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
@@ -192,6 +192,7 @@ class Interruption:
     def _ask(self, number: int, _: object) -> None:
         self._asked = True
         if number == signal.SIGINT:
+            self.code = 128 + signal.SIGINT
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -128,11 +128,11 @@ def test_a_step_with_a_bad_gradient_only(tmp_path):
         fit(tmp_path, LoopConfig(), abstract_state=state, init=lambda: state, step=step, batches=lambda start: numbers, steps=4)
 
 
-@pytest.mark.parametrize('name', ['sigterm', 'sigint'])
-def test_a_signal_saves_says_how_to_go_on_and_exits_with_0(straight, tmp_path, name):
+@pytest.mark.parametrize(('name', 'code'), [('sigterm', 143), ('sigint', 130)])
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_its_code(straight, tmp_path, name, code):
     process = toy.launch(tmp_path, {'kill': {name: 23}})
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.returncode == code, err
     assert f'Interrupted: step 23 of 40 is saved in {tmp_path}/checkpoints. To continue, run it again: ' in err
     assert err.splitlines()[-1].endswith(f'toy.py {tmp_path} \'{{"kill": {{"{name}": 23}}}}\'')
     assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [15, 20, 23]
@@ -181,7 +181,7 @@ def test_killed_five_times_changes_nothing(straight, tmp_path):
 
 
 def test_two_processes_are_one_and_stop_together(tmp_path):
-    """The second of two processes gets a SIGTERM; both save and leave with 0; one process with two devices goes on."""
+    """The second of two processes gets a SIGTERM; both save and leave with 143; one process with two devices goes on."""
     whole = toy.launch(tmp_path / 'straight', {}, devices=2)
     with socket.socket() as free:
         free.bind(('localhost', 0))
@@ -189,7 +189,7 @@ def test_two_processes_are_one_and_stop_together(tmp_path):
     options = [{'slow': 0.03}, {'slow': 0.03, 'kill': {'sigterm': 12}}]
     processes = [toy.launch(tmp_path / 'two', options[index], (index, 2, address), devices=1) for index in (0, 1)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [process.returncode for process in processes] == [143, 143], errors
     stopped = max(int(path.name) for path in (tmp_path / 'two' / 'checkpoints').iterdir())
     assert 12 <= stopped < 40
     assert f'Interrupted: step {stopped} of 40' in errors[0] and 'Interrupted' not in errors[1]
