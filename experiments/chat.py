@@ -7,6 +7,7 @@ python experiments/chat.py --model=Llama-2-7b-chat-hf --int8 --system='Answer in
 from absl import flags
 from common import tool
 
+from llama2_jax.runtime import say
 from llama2_jax.stages import chat
 from llama2_jax.stages.generate import open_engine
 
@@ -22,7 +23,11 @@ INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.
 def run() -> None:
     """Converses until the input ends."""
     settings = {name: flags.FLAGS[name].value for name in ('temperature', 'top_p', 'max_new_tokens', 'seed')}
-    chat.converse(chat.Chat(open_engine(MODEL.value, batch_size=1, int8=INT8.value), SYSTEM.value, **settings))
+    engine = open_engine(MODEL.value, batch_size=1, int8=INT8.value)
+    say(engine.tokenizer.prompts.describe(chat=True))
+    if not engine.tokenizer.prompts.chat:
+        say(f'Warning: nothing says that {MODEL.value} was trained to chat; its answers may not end.')
+    chat.converse(chat.Chat(engine, SYSTEM.value, **settings))
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, or file with --sc
 LIMIT = flags.DEFINE_integer('limit', 0, 'Examples of each task, spread over it; 0: all.', lower_bound=0)
 SHOTS = flags.DEFINE_integer('shots', None, "Solved examples in a prompt; the paper's number by default.", lower_bound=0)
 SAMPLES = flags.DEFINE_integer('samples', None, 'Samples of a question, where they are drawn (pass@k, maj@k).', lower_bound=1)
-CHAT = flags.DEFINE_bool('chat', None, 'Ask in the chat format; by default if the model was fine-tuned for it.')
+CHAT = flags.DEFINE_bool('chat', None, 'Ask as a chat model is asked; by default if the model says that it is one.')
 RUN_GENERATED_CODE = flags.DEFINE_bool('run_generated_code', False, 'Run programs that the model writes, in a sandbox.')
 TOXICITY = flags.DEFINE_string('toxicity', '', 'Directory of a toxicity classifier, for ToxiGen.')
 TRUTH_JUDGE = flags.DEFINE_string('truth_judge', '', 'Model that judges whether answers to TruthfulQA are true.')
@@ -67,7 +67,7 @@ def run() -> None:
     if VERSUS.value:
         if not PROMPTS.value or not JUDGE.value:
             raise UserError('--versus needs --prompts=SOURCE and --judge=reward_model:DIR, model:DIR or toy.')
-        versus.run(versus.VersusConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens')))
+        versus.run(versus.VersusConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens', 'chat')))
         return
     settings = given('data_dir', 'tfds', 'shots', 'samples', 'chat', 'run_generated_code')
     judges = given('toxicity', 'truth_judge', 'info_judge', 'safety_judge')

@@ -5,7 +5,8 @@ python experiments/generate.py --model=run/model --prompts=prompts.jsonl --outpu
 python experiments/generate.py --model=7b --int8 --batch_size=1 --dry_run --topology=v5e:1x1
 
 A line of the prompts is {"prompt": text}, {"messages": [{"role": "user", "content": text}, …]} or {"token_ids": [ids]}, perhaps
-with an "id" and settings of its own such as "temperature". A line of the output is
+with an "id" and settings of its own such as "temperature". A prompt is a user's message if the model chats, as its
+config.json, chat template or name says, and otherwise text to continue. A line of the output is
 {"id", "samples": [{"text", "token_ids", "stop_reason"}]}.
 """
 
@@ -14,7 +15,9 @@ from common import compiles_only, tool
 
 from llama2_jax.config import UserError
 from llama2_jax.files import check_writable
+from llama2_jax.runtime import say
 from llama2_jax.stages import generate
+from llama2_jax.text.printable import printable
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be repeated. Empty: a text from its beginning.')
@@ -27,6 +30,7 @@ TOP_P = flags.DEFINE_float('top_p', 0.9, 'Share of the probability to draw from.
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draws from so many tokens at most; 0: no limit.', lower_bound=0)
 SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
 STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a sample; may be repeated.')
+CHAT = flags.DEFINE_bool('chat', None, "Prompts are users' messages; by default if the model says that it chats.")
 LOGPROBS = flags.DEFINE_bool('logprobs', False, 'With --prompts: write the log-probability of every new token.')
 BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 32, 'Sequences at a time; memory for their caches limits it.', lower_bound=1, upper_bound=2**16
@@ -52,14 +56,18 @@ def run() -> None:
     settings = {name: flags.FLAGS[name].value for name in names}
     engine = generate.open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)
     if PROMPTS.value:
-        generate.run(engine, PROMPTS.value, OUTPUT.value, settings, generate.identity(MODEL.value, INT8.value), LOGPROBS.value)
+        generate.run(
+            engine, PROMPTS.value, OUTPUT.value, settings, generate.identity(MODEL.value, INT8.value), LOGPROBS.value, CHAT.value
+        )
         return
     prompts = PROMPT.value or ['']
     rows = [{'prompt': prompt} for prompt in prompts]
-    requests = [generate.make_request(row, engine.tokenizer, settings, f'--prompt={row["prompt"]!r}') for row in rows]
-    for prompt, samples in zip(prompts, engine.generate(requests), strict=True):
+    chat = engine.tokenizer.prompts.chat if CHAT.value is None else CHAT.value
+    say(engine.tokenizer.prompts.describe(chat))
+    requests = [generate.make_request(row, engine.tokenizer, settings, f'--prompt={row["prompt"]!r}', chat) for row in rows]
+    for prompt, request, samples in zip(prompts, requests, engine.generate(requests), strict=True):
         for sample in samples:
-            print(prompt + sample.text, end='\n\n', flush=True)
+            print(printable(f'{prompt}\n{sample.text}' if request.answer else prompt + sample.text), end='\n\n', flush=True)
 
 
 if __name__ == '__main__':

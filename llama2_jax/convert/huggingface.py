@@ -23,10 +23,11 @@ from llama2_jax.convert.source import (
     tokenizer_beside,
     write_json,
 )
-from llama2_jax.convert.tokenizer_json import make_tokenizer_json
+from llama2_jax.convert.tokenizer_json import make_tokenizer_json, spaces_of
 from llama2_jax.convert.torchfile import tensors_in
-from llama2_jax.files import JSON_BYTES, create, parse_json, read_bytes, read_json, size_of, write
-from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.files import JSON_BYTES, create, parse_json, read_bytes, read_json, read_whole, size_of, write
+from llama2_jax.text.template import LLAMA2_TEMPLATE, MAX_TEMPLATE, PromptFormat, foreign_format
+from llama2_jax.text.tokenizer import MODEL_BYTES, Tokenizer
 
 CODES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 SHARD_BYTES = 5_000_000_000
@@ -75,23 +76,6 @@ HARMLESS = {
     *('forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty'),
 }
 PRIVATE = ('_', 'unsloth_')
-# What Meta's chat_completion renders, in Jinja (recipe D.1).
-CHAT_TEMPLATE = """\
-{%- set turn = namespace(due='user', opening='') -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' and loop.first -%}
-{%- set turn.opening = '<<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -%}
-{%- elif message['role'] != turn.due -%}
-{{- raise_exception('After an optional system message, user and assistant take turns, and the user begins.') -}}
-{%- elif turn.due == 'user' -%}
-{{- bos_token + '[INST] ' + (turn.opening + message['content']).strip() + ' [/INST]' -}}
-{%- set turn.due = 'assistant' -%}{%- set turn.opening = '' -%}
-{%- else -%}
-{{- ' ' + message['content'].strip() + ' ' + eos_token -}}
-{%- set turn.due = 'user' -%}
-{%- endif -%}
-{%- endfor -%}
-"""
 
 
 def open_huggingface(path: Path) -> Source:
@@ -122,7 +106,22 @@ def open_huggingface(path: Path) -> Source:
         {'stage': 'convert', 'parent': str(path), 'step': None},
         _stop_ids(path, content, config.vocab_size) if head == 'head_DV' else (),
         notes,
+        _prompts(path),
     )
+
+
+def _prompts(path: Path) -> PromptFormat:
+    """The chat template of a directory, and where its tokenizer puts leading spaces, as transformers reads both."""
+    file, tokenizer = path / 'tokenizer_config.json', path / 'tokenizer.json'
+    settings = read_json(file) if file.exists() else {}
+    template = settings.get('chat_template')
+    if (own := path / 'chat_template.jinja').exists():
+        file, template = own, read_whole(own, 4 * MAX_TEMPLATE).decode('utf-8', 'replace')
+    if str(settings.get('tokenizer_class', 'LlamaTokenizer')).startswith('Llama') or not tokenizer.exists():
+        spaces = 'always' if settings.get('legacy') is True else 'first'
+    else:
+        spaces = spaces_of(read_json(tokenizer, limit=MODEL_BYTES))
+    return foreign_format(template, path.name, str(file), spaces)
 
 
 def _stop_ids(path: Path, content: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
@@ -366,20 +365,19 @@ def _write_tokenizer(path: Path, model: Source) -> None:
         'unk_token': tokenizer.piece(tokenizer.unk_id),
     }
     settings = {
-        'tokenizer_class': 'LlamaTokenizer',
+        'tokenizer_class': 'PreTrainedTokenizerFast',  # which reads tokenizer.json; LlamaTokenizer drops leading spaces
         'add_bos_token': True,
         'add_eos_token': False,
         **pieces,
         'pad_token': None,
         'model_max_length': model.config.context,
         'clean_up_tokenization_spaces': False,
-        'legacy': True,  # a space goes before the text after each <s>, as when turns are encoded one by one
-        'sp_model_kwargs': {},
-        'chat_template': CHAT_TEMPLATE,
     }
+    if model.prompts.chat:
+        settings['chat_template'] = model.prompts.template or LLAMA2_TEMPLATE
     write_json(path / 'tokenizer_config.json', settings)
     write_json(path / 'special_tokens_map.json', pieces)
-    write_json(path / 'tokenizer.json', make_tokenizer_json(model.tokenizer()))
+    write_json(path / 'tokenizer.json', make_tokenizer_json(model.tokenizer(), model.prompts.spaces))
     if model.head == 'head_DV':
         sampling = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9}  # Meta's defaults (recipe J)
         ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': _eos_token_id(tokenizer, model.stop_ids)}

@@ -14,10 +14,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import ModelConfig, UserError, check_field, from_dict, shown
 from llama2_jax.convert.gguf_header import Tensor, read_header
-from llama2_jax.convert.huggingface import CHAT_TEMPLATE
 from llama2_jax.convert.names import as_bytes, from_theirs, their_names, their_shape, to_theirs
 from llama2_jax.convert.source import DTYPES, Source, Stored, Stream, check_stop_ids, check_tensors, matrix_dtype
 from llama2_jax.files import create, read_bytes, size_of
+from llama2_jax.text.template import LLAMA2_TEMPLATE, PromptFormat, foreign_format
 from llama2_jax.text.tokenizer import Tokenizer
 
 PLAIN = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # GGUF's name -> ours
@@ -88,7 +88,8 @@ def open_gguf(path: Path) -> Source:
     vectors = [_dequantised(stored, kinds[name], gguf) for name, stored in found.items() if len(stored.shape) == 1]
     provenance = {'stage': 'convert', 'parent': str(path), 'step': None}
     tokenizer, stop_ids = partial(_tokenizer_model, path, fields), _stop_ids(path, fields, config.vocab_size)
-    return Source(path, 'gguf', config, matrix_dtype(matrices, vectors), 'head_DV', read, tokenizer, provenance, stop_ids)
+    prompts, dtype = foreign_format(fields.get('tokenizer.chat_template'), path.stem, str(path)), matrix_dtype(matrices, vectors)
+    return Source(path, 'gguf', config, dtype, 'head_DV', read, tokenizer, provenance, stop_ids, prompts=prompts)
 
 
 def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -220,7 +221,7 @@ def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream)
     writer = gguf.GGUFWriter(None, 'llama')
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if name == 'F32' else gguf.LlamaFileType[f'MOSTLY_{name}'])
     _add_shape(writer, config)
-    _add_tokenizer(writer, model.tokenizer(), model.stop_ids)
+    _add_tokenizer(writer, model.tokenizer(), model.stop_ids, model.prompts)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     for theirs, (ours, _) in wanted.items():
         shape = their_shape(ours, config)
@@ -266,7 +267,7 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def _add_tokenizer(writer: Any, content: bytes, stop_ids: tuple[int, ...]) -> None:
+def _add_tokenizer(writer: Any, content: bytes, stop_ids: tuple[int, ...], prompts: PromptFormat) -> None:
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     tokenizer = Tokenizer.from_bytes(content)
     writer.add_tokenizer_model('llama')
@@ -283,4 +284,5 @@ def _add_tokenizer(writer: Any, content: bytes, stop_ids: tuple[int, ...]) -> No
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(model.normalizer_spec.add_dummy_prefix)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    if prompts.chat:
+        writer.add_chat_template(prompts.template or LLAMA2_TEMPLATE)

@@ -34,6 +34,7 @@ from llama2_jax.convert.source import (
 )
 from llama2_jax.convert.torchfile import TorchFile, tensors_in
 from llama2_jax.files import create, matching, read_json, write
+from llama2_jax.text.template import foreign_format
 
 IGNORED = ('rope.freqs',)  # a buffer that Meta's code computes anew
 CONTEXT = 4096  # Meta's params.json does not say it
@@ -80,6 +81,7 @@ def open_meta(path: Path) -> Source:
         partial(tokenizer_beside, path, path.parent),  # Meta's own download has it there
         {'stage': 'convert', 'parent': str(path), 'step': None},
         notes=notes,
+        prompts=foreign_format(None, path.name, str(path)),
     )
 
 

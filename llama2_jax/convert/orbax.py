@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import tensorstore as ts
 from etils.epath import Path
 
-from llama2_jax.config import ModelConfig, UserError, from_dict, shown
+from llama2_jax.config import ModelConfig, UserError, from_dict, nearest, shown
 from llama2_jax.convert.names import BLOCK, HEADS, in_parts, keys, shape
 from llama2_jax.convert.source import (
     DTYPES,
@@ -26,11 +27,16 @@ from llama2_jax.convert.source import (
 from llama2_jax.files import check_name, check_regular, is_remote, locate, read_into, read_json, size_of, write
 from llama2_jax.model.llama import Trunk
 from llama2_jax.runtime import barrier, is_main_process
+from llama2_jax.text.template import SPACES, PromptFormat
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import CHUNK_BYTES, save_params, store_of
 
+CHAT_STAGES = ('sft', 'reward', 'rejection', 'ppo', 'ghost', 'distill')  # of models saved before config.json had `prompts`
 
-def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any]) -> None:
+
+def save_model(
+    directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any], chat: bool = False
+) -> None:
     """Writes a model directory, whole or not at all, in place of what is there; every process calls it.
 
     Args:
@@ -38,6 +44,7 @@ def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer,
       model: parameters of a language model or reward model, on any mesh.
       tokenizer: copied beside them.
       provenance: stage, parent and step, for config.json; of a reward model also its scores' shift, mean and std.
+      chat: whether it was trained on LLaMA 2's chat format, which its prompts then have.
 
     Raises:
       UserError: no space is left.
@@ -54,7 +61,7 @@ def save_model(directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer,
     barrier('model directory made')
     save_params(new / 'params', model)
     if is_main_process():
-        _write_rest(new, model.config, tokenizer, provenance)
+        _write_rest(new, model.config, tokenizer, provenance, PromptFormat(chat))
         if new != directory:
             old = directory.with_name(directory.name + '.old')
             old.rmtree(missing_ok=True)
@@ -70,9 +77,9 @@ def is_saved(directory: str | os.PathLike) -> bool:
     return (locate(directory) / 'config.json').exists()
 
 
-def _write_rest(directory: Path, config: ModelConfig, tokenizer: Tokenizer, provenance: Any) -> None:
+def _write_rest(directory: Path, config: ModelConfig, tokenizer: Tokenizer, provenance: Any, prompts: PromptFormat) -> None:
     write(directory / 'tokenizer.model', tokenizer.model)
-    content = {'model': dataclasses.asdict(config), 'provenance': dict(provenance)}
+    content = {'model': dataclasses.asdict(config), 'prompts': dataclasses.asdict(prompts), 'provenance': dict(provenance)}
     write_json(directory / 'config.json', content | ({'stop_ids': list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}))
 
 
@@ -164,7 +171,20 @@ def open_orbax(path: Path) -> Source:
     dtype = common_dtype(array.dtype.numpy_dtype for array in arrays.values())
     stop_ids = check_stop_ids(f'{path / "config.json"}: stop_ids', content.get('stop_ids'), config.vocab_size)
     tokenizer = partial(tokenizer_beside, path)
-    return Source(path, 'orbax', config, dtype, head, read, tokenizer, content.get('provenance', {}), stop_ids)
+    provenance, prompts = content.get('provenance', {}), _prompts(path, content)
+    return Source(path, 'orbax', config, dtype, head, read, tokenizer, provenance, stop_ids, prompts=prompts)
+
+
+def _prompts(path: Path, content: Mapping[str, Any]) -> PromptFormat:
+    if 'prompts' not in content:
+        provenance = content.get('provenance', {})
+        stage, parent = str(provenance.get('stage', '')), os.path.basename(str(provenance.get('parent')))
+        return PromptFormat('chat' in parent.lower() if stage == 'convert' else stage.startswith(CHAT_STAGES))
+    where = f'{path / "config.json"}: prompts'
+    prompts = from_dict(PromptFormat, content['prompts'], where)
+    if prompts.spaces not in SPACES:
+        raise UserError(f'{where}.spaces is {shown(prompts.spaces)}; {nearest(prompts.spaces, SPACES)}')
+    return prompts
 
 
 def _check_zarray(path: Path) -> None:
@@ -223,7 +243,7 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
     now = time.time_ns()
     stamps = {'init_timestamp_nsecs': now, 'commit_timestamp_nsecs': now}
     write_json(params / '_CHECKPOINT_METADATA', {'item_handlers': handler, 'metrics': {}, 'custom_metadata': {}} | stamps)
-    _write_rest(path, config, Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids), model.provenance)
+    _write_rest(path, config, Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids), model.provenance, model.prompts)
 
 
 def _dotted(name: str) -> str:

@@ -13,6 +13,7 @@ from etils.epath import Path
 from llama2_jax.config import ModelConfig, UserError, nearest, shown
 from llama2_jax.convert.names import Key, their_shape
 from llama2_jax.files import read_bytes, read_whole, write
+from llama2_jax.text.template import PromptFormat
 from llama2_jax.text.tokenizer import MODEL_BYTES
 
 DTYPES = {
@@ -43,6 +44,7 @@ class Source:
       provenance: stage, parent and step.
       stop_ids: token ids that end a text, where a file names them; (): the tokenizer's EOS.
       notes: sentences to print about what was read in another way than it is stored.
+      prompts: how the model wants its prompts.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Source:
     provenance: Mapping[str, Any]
     stop_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    prompts: PromptFormat = PromptFormat()
 
 
 @dataclasses.dataclass(frozen=True)

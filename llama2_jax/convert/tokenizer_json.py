@@ -4,17 +4,35 @@ SentencePiece joins the neighbours whose joint piece has the highest score; the 
 the list has every way to cut a piece in two pieces, pieces of high score first.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from llama2_jax.text.template import SPACES
 from llama2_jax.text.tokenizer import Tokenizer
 
 SPACE = '▁'
 
 
-def make_tokenizer_json(content: bytes) -> dict[str, Any]:
-    """The content of tokenizer.json for that of tokenizer.model."""
+def spaces_of(content: Mapping[str, Any]) -> str:
+    """Where a tokenizer.json puts leading spaces, one of `template.SPACES`."""
+    parts = [part for name in ('normalizer', 'pre_tokenizer') for part in _parts(content.get(name))]
+    if any(part.get('type') == 'Prepend' for part in parts):
+        return 'prepend'
+    schemes = [part.get('prepend_scheme', 'always') for part in parts if part.get('type') == 'Metaspace']
+    return schemes[0] if schemes and schemes[0] in SPACES else 'never'
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder, or those that a sequence has."""
+    content = content if isinstance(content, dict) else {}
+    inner = content.get('normalizers') or content.get('pretokenizers') or content.get('decoders')
+    return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else [content]
+
+
+def make_tokenizer_json(content: bytes, spaces: str = 'prepend') -> dict[str, Any]:
+    """The content of tokenizer.json for that of tokenizer.model; `spaces` is one of `template.SPACES`."""
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     tokenizer = Tokenizer.from_bytes(content)
     pieces = model.pieces
@@ -29,9 +47,12 @@ def make_tokenizer_json(content: bytes) -> dict[str, Any]:
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
     special = sorted({tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id})
     normalizers = [{'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}]
-    strip = []
+    strip, metaspace = [], None
     if model.normalizer_spec.add_dummy_prefix:
-        normalizers.insert(0, {'type': 'Prepend', 'prepend': SPACE})
+        if spaces == 'prepend':
+            normalizers.insert(0, {'type': 'Prepend', 'prepend': SPACE})
+        else:
+            metaspace = {'type': 'Metaspace', 'replacement': SPACE, 'prepend_scheme': spaces, 'split': False}
         strip = [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]
     template = {'SpecialToken': {'id': begin, 'type_id': 0}}
     return {
@@ -40,7 +61,7 @@ def make_tokenizer_json(content: bytes) -> dict[str, Any]:
         'padding': None,
         'added_tokens': [{'id': i, 'content': pieces[i].piece, **flags} for i in special],
         'normalizer': {'type': 'Sequence', 'normalizers': normalizers},
-        'pre_tokenizer': None,
+        'pre_tokenizer': metaspace,
         'post_processor': {
             'type': 'TemplateProcessing',
             'single': [template, {'Sequence': {'id': 'A', 'type_id': 0}}],

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.model.engine import Engine, Request
-from llama2_jax.text.dialog import encode_prompt
+from llama2_jax.text.dialog import encode_prompt, encode_question
 from llama2_jax.text.tokenizer import Tokenizer
 
 
@@ -59,7 +59,7 @@ class Asker:
         """The ids of contexts and continuations, which fit the context."""
         tokenizer, most = self._engine.tokenizer, self._engine.config.context
         if self.chat:
-            prompts = {context: encode_prompt([{'role': 'user', 'content': context}], tokenizer) for context, _ in choices}
+            prompts = {context: encode_question(context, tokenizer, chat=True) for context, _ in choices}
             pairs = [(prompts[context], tokenizer.encode(text.strip(), bos=False, eos=False)) for context, text in choices]
         else:
             pairs = encode_pairs(choices, tokenizer)

@@ -17,6 +17,7 @@ import jax
 from llama2_jax.config import UserError
 from llama2_jax.runtime.hosts import barrier as barrier
 from llama2_jax.runtime.hosts import find_place, join
+from llama2_jax.text.printable import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +145,9 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         if jax.distributed.is_initialized():
-            print(f'Error: {error}', file=sys.stderr, flush=True)
+            print(f'Error: {printable(str(error))}', file=sys.stderr, flush=True)
             os._exit(1)
-        sys.exit(f'Error: {error}')
+        sys.exit(f'Error: {printable(str(error))}')
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
@@ -163,6 +164,6 @@ def is_main_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line, from the main process only."""
+    """Prints text, from the main process only; control characters, which data or names may hold, are escaped."""
     if is_main_process():
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -93,7 +93,7 @@ def run(config: CollectConfig, workdir: str) -> None:
 
 def sample(config: CollectConfig, path: Path) -> list[dict[str, Any]]:
     """The rows of answers.jsonl, those that are not there yet sampled."""
-    engines = {model: open_engine(model, config.decode_batch) for model in config.models}
+    engines = {model: open_engine(model, config.decode_batch, own_template=False) for model in config.models}
     tokenizer = next(iter(engines.values())).tokenizer
     prompts = [read_prompt(record, tokenizer) for record in read_records(config.prompts)]
     prompts = different(prompts, config.seed)[: config.count or None]

@@ -93,7 +93,7 @@ def run(config: DistillConfig, workdir: str) -> None:
 
 def sample(config: DistillConfig, path: Path) -> list[dict[str, Any]]:
     """The rows of samples.jsonl, those that are not there yet sampled and scored."""
-    engine, scorer = open_engine(config.model, config.decode_batch), open_scorer(config.safety)
+    engine, scorer = open_engine(config.model, config.decode_batch, own_template=False), open_scorer(config.safety)
     templates = read_templates(config.templates)
     prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.prompts)]
     prompts = [prompt for prompt in prompts if prompt.is_safety][: config.count or None]

@@ -28,7 +28,6 @@ from llama2_jax.stages.generate import check_settings, identity, open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
 from llama2_jax.stages.rows import growing, resume_rows
 
-CHAT_STAGES = ('sft', 'rejection', 'ppo', 'ghost', 'distill')  # whose models answer in the chat format
 GRADERS = 2  # counts up with every change of what graders or results mean: older results are not continued
 Loaded = tuple[Files, list[Example]]
 
@@ -45,7 +44,7 @@ class EvaluateConfig(Config):
       limit: examples of each task, spread over it; 0: all.
       shots: solved examples in prompts; None: as many as the paper.
       samples: of each question, where they are drawn; None: the task's own number.
-      chat: whether the chat format is used; None: if the model says that it was fine-tuned.
+      chat: whether the chat format is used; None: if the model says that it chats.
       tfds: sets that are not in data_dir are read through TensorFlow Datasets.
       run_generated_code: in the sandbox.
       toxicity, truth_judge, info_judge, safety_judge: directories of classifiers and judges (`stages.graders`).
@@ -78,13 +77,13 @@ def run(config: EvaluateConfig) -> None:
     """
     names = expand(config.tasks)
     source = open_model(config.model)
-    chat = is_chat(source) if config.chat is None else config.chat
+    chat = source.prompts.chat if config.chat is None else config.chat
     path = make_directory(config.output)
     judges = {'true': config.truth_judge, 'informative': config.info_judge, 'violates': config.safety_judge}
     helpers = make_helpers(config.data_dir, config.run_generated_code, config.toxicity, judges)
     found, skipped = load_all([adapted(TASKS[name], config, chat) for name in names], config, helpers)
     engine = open_engine(config.model, config.batch_size, config.int8)
-    say(f'{config.model}: asked {"in the chat format" if chat else "with plain prompts"}.')
+    say(source.prompts.describe(chat))
     model = identity(config.model, config.int8)
     results = {
         task.name: run_task(task, config, model, Asker(engine, chat, config.seed), helpers, path, loaded)
@@ -93,12 +92,6 @@ def run(config: EvaluateConfig) -> None:
     finish(config, results, skipped, report.rows(results, size := size_of(engine.config), chat), size, chat)
     if named := [name for name in config.tasks if name in skipped]:
         raise UserError(f'{", ".join(named)} could not be run, see above; the other tasks were.')
-
-
-def is_chat(source) -> bool:
-    """Whether a model says of itself that it answers dialogs: by its stage, or where it comes from elsewhere by its name."""
-    stage = str(source.provenance.get('stage', ''))
-    return stage.startswith(CHAT_STAGES) if stage else 'chat' in source.path.name.lower()
 
 
 def load_all(

@@ -27,7 +27,8 @@ from llama2_jax.model.llama import Compute
 from llama2_jax.model.scorer import Scorer
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.rows import growing, resume_rows
-from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, has_special_tags
+from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, encode_question, has_special_tags
+from llama2_jax.text.template import PromptFormat
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
 from llama2_jax.train.workdir import differences, read_object
@@ -36,16 +37,29 @@ SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids',
 PROMPTS = ('prompt', 'messages', 'token_ids')
 
 
-def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False) -> Engine:
-    """An engine on all devices for a model of any format (`convert.load`).
+def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False, own_template: bool = True) -> Engine:
+    """An engine on all devices for a model of any format (`convert.load`), whose tokenizer knows how the model is prompted.
+
+    Args:
+      own_template: dialogs follow the model's own chat template, if it has one. Without it, as where answers are drawn to be
+        trained on, they follow LLaMA 2's format, which all that is trained here follows.
 
     Raises:
       UserError: the model cannot be read.
     """
-    mesh = decoding_mesh(open_model(model).config)
+    source = open_model(model)
+    mesh = decoding_mesh(source.config)
     with _room(mesh):
         parameters, tokenizer = load_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
+    tokenizer.prompts = source.prompts if own_template else note_llama2(model, source.prompts)
     return Engine(parameters, tokenizer, mesh=mesh, batch_size=batch_size, int8=int8)
+
+
+def note_llama2(model: str | Path, prompts: PromptFormat) -> PromptFormat:
+    """LLaMA 2's format, in place of a model's own template; says so where that makes a difference."""
+    if prompts.template:
+        say(f"{model} has a chat template of its own; what is trained here follows LLaMA 2's chat format.")
+    return dataclasses.replace(prompts, template='')
 
 
 def open_scorer(model: str | Path, batch_size: int = 32) -> Scorer:
@@ -66,7 +80,9 @@ def _room(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     return jax.set_mesh(make_mesh(MeshConfig(), jax.devices('cpu')[:1]) if mesh.size == 1 else mesh)
 
 
-def make_request(row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping[str, Any], where: str) -> Request:
+def make_request(
+    row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping[str, Any], where: str, chat: bool = False
+) -> Request:
     """A request from a row {"prompt": text}, {"messages": […]} or {"token_ids": […]}, perhaps with sampling settings of its own.
 
     Args:
@@ -74,6 +90,7 @@ def make_request(row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping
       tokenizer: the model's.
       defaults: settings that the row does not have.
       where: what to call the row in errors.
+      chat: a prompt is a user's message; otherwise, and if it is blank, plain text to continue. Messages are always a dialog.
 
     Raises:
       UserError: naming the row and the field.
@@ -87,19 +104,20 @@ def make_request(row: Mapping[str, Any], tokenizer: Tokenizer, defaults: Mapping
     settings = dict(defaults) | {name: row[name] for name in SAMPLING & row.keys()}
     for name, value in settings.items():
         settings[name] = _setting(name, value, where)
-    prompt = row[given[0]]
+    prompt, answer = row[given[0]], given[0] == 'messages'
     if given[0] == 'messages':
         ids = encode_prompt(prompt, tokenizer, where)
     elif given[0] == 'prompt':
         if not isinstance(prompt, str):
             raise UserError(f'{where}: "prompt" is {prompt!r}, not a text.')
-        ids = tokenizer.encode(prompt, bos=True, eos=False)
+        answer = chat and bool(prompt.strip())
+        ids = encode_question(prompt, tokenizer, answer, where)
     else:
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
             raise UserError(f'{where}: "token_ids" is not a list of whole numbers.')
         ids = prompt
     try:
-        return Request(ids or [tokenizer.bos_id], answer=given[0] == 'messages', **settings)
+        return Request(ids or [tokenizer.bos_id], answer=answer, **settings)
     except UserError as error:
         raise UserError(f'{where}: {error}') from None
 
@@ -116,7 +134,13 @@ def _setting(name: str, value: Any, where: str) -> Any:
 
 
 def run(
-    engine: Engine, prompts: str, output: str, defaults: Mapping[str, Any], settings: Mapping[str, Any], logprobs: bool = False
+    engine: Engine,
+    prompts: str,
+    output: str,
+    defaults: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    logprobs: bool = False,
+    chat: bool | None = None,
 ) -> None:
     """Continues the prompts of a file; results are written as they come, in the order of the prompts.
 
@@ -130,18 +154,21 @@ def run(
       defaults: sampling settings of rows without their own; the seed of a row is made of that and its number.
       settings: what `output` depends on besides; another call with other settings is refused.
       logprobs: writes those too.
+      chat: whether texts in "prompt" are users' messages; None: if the model says that it chats.
 
     Raises:
       UserError: a row that is not a prompt (all are looked at first), or an output of other settings.
     """
     rows = [(record.fields, record.where) for record in read_records(as_source(prompts))]
-    requests = [_request(engine, index, row, where, defaults) for index, (row, where) in enumerate(rows)]
+    chat = engine.tokenizer.prompts.chat if chat is None else chat
+    say(engine.tokenizer.prompts.describe(chat))
+    requests = [_request(engine, index, row, where, defaults, chat) for index, (row, where) in enumerate(rows)]
     path = Path(output)
-    made_from = {**settings, **defaults, 'logprobs': logprobs, 'content of the prompts': rows_fingerprint(rows)}
+    made_from = {**settings, **defaults, 'logprobs': logprobs, 'chat': chat, 'content of the prompts': rows_fingerprint(rows)}
     done = resume(path, made_from, [_name(index, row) for index, (row, _) in enumerate(rows)])
     if done:
         say(f'{output}: {done} of {len(rows)} are there already.')
-    blocked = [_is_blocked(row) for row, _ in rows]
+    blocked = [_is_blocked(row, chat) for row, _ in rows]
     results = engine.generate(request for request, skip in zip(requests[done:], blocked[done:], strict=True) if not skip)
     tokens = 0
     bar = tqdm(total=len(rows), initial=done, unit='prompt', dynamic_ncols=True, disable=not is_main_process())
@@ -155,16 +182,17 @@ def run(
             bar.set_postfix_str(f'{tokens / max(bar.format_dict["elapsed"], 1e-9):,.0f} tokens/s')
 
 
-def _request(engine: Engine, index: int, row: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> Request:
+def _request(engine: Engine, index: int, row: Mapping[str, Any], where: str, defaults: Mapping[str, Any], chat: bool) -> Request:
     own_seed = {'seed': zlib.crc32(f'{defaults["seed"]} {index}'.encode())}
-    request = make_request(row, engine.tokenizer, {**defaults, **own_seed}, where)
+    request = make_request(row, engine.tokenizer, {**defaults, **own_seed}, where, chat)
     engine.check(request, where)
     return request
 
 
-def _is_blocked(row: Mapping[str, Any]) -> bool:
+def _is_blocked(row: Mapping[str, Any], chat: bool) -> bool:
     """Whether a dialog holds the format's own tags, and so is not answered (recipe J)."""
-    return 'messages' in row and has_special_tags(row['messages'])
+    messages = [{'content': row['prompt']}] if chat and 'prompt' in row else row.get('messages', ())
+    return has_special_tags(messages)
 
 
 def _name(index: int, row: Mapping[str, Any]) -> Any:

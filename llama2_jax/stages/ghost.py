@@ -94,7 +94,7 @@ def run(config: GhostConfig, workdir: str) -> None:
     constraints = '' if config.constraints == 'toy' else config.constraints
     sources = made_from.of_sources('dialogs', [config.dialogs]) | made_from.of_sources('constraints', [constraints])
     record_inputs(path, made_from.of_models({'model': config.model}) | sources, begun)
-    engine = open_engine(config.model, config.batch_size, config.int8)
+    engine = open_engine(config.model, config.batch_size, config.int8, own_template=False)
     kinds = open_constraints(config, engine, path / 'constraints.jsonl')
     rows = sample(config, engine, kinds, talks, path / 'samples.jsonl')
     write_cuts(config, rows, path / 'dialogs.jsonl')
@@ -268,7 +268,7 @@ def ghost_dialog(talk: Talk, answers: Sequence[Mapping[str, Any]]) -> list[dict[
 def measure(config: GhostConfig, model: str | Path, kinds: Kinds, questions: list[tuple[str, ...]]) -> dict[int, float]:
     """Recall by turn of a model in the dialogs kept to judge by, the instructions in the system message alone."""
     talks = [plan(config, kinds, text, -1 - i, turns=config.turns).talk for i, text in enumerate(questions)]
-    engine = open_engine(model, config.batch_size, config.int8)
+    engine = open_engine(model, config.batch_size, config.int8, own_template=False)
     return recall(obeyed(engine, talks, find_grader(config.grader), config.max_new_tokens))
 
 

@@ -168,7 +168,7 @@ def evaluate(
     best = best_evaluation(lines)
     if best is None or found['score'] > best['heldout/score']:
         provenance = {'stage': 'ppo', 'parent': config.init_from, 'step': number}
-        save_model(stage.path / 'model', policy(stage, learners), stage.engine.tokenizer, provenance)
+        save_model(stage.path / 'model', policy(stage, learners), stage.engine.tokenizer, provenance, chat=True)
     return {f'heldout/{name}': value for name, value in found.items()}
 
 

@@ -122,7 +122,7 @@ def check(config: RejectionConfig) -> None:
 
 def sample_and_choose(config: RejectionConfig, path: Path) -> None:
     """All files up to choices.jsonl. One file of samples is in memory at a time, however many there are."""
-    engine = generate.open_engine(config.sample_from, config.decode_batch)
+    engine = generate.open_engine(config.sample_from, config.decode_batch, own_template=False)
     rewards = open_rewards(config.rewards, engine.tokenizer)
     data = PromptData(config.prompts, engine.tokenizer, batch_size=1, seed=config.seed)
     prompts = different(data.train, config.seed)[: config.count or None]

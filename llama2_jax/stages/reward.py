@@ -129,7 +129,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     say_heldout(path)
     scores = reference_scores(config, data, Scorer(state.params, tokenizer, mesh=mesh, dtype=compute.dtype))
     provenance = {'stage': 'reward_model', 'parent': config.init_from, 'step': data.steps, 'scores': scores}
-    save_model(path / 'model', state.params, tokenizer, provenance)
+    save_model(path / 'model', state.params, tokenizer, provenance, chat=True)
     say(f'The model is in {path / "model"}. Reference answers scored {scores["mean"]:.3f} ± {scores["std"]:.3f}.')
     return state
 

@@ -204,7 +204,7 @@ def answer(config: RlhfConfig, rewards: RewardsConfig, model: str, file: Path) -
     """A model's answers to the evaluation prompts, one to each as the policy gives it, scored."""
     barrier('evaluation')
     if not file.exists():
-        engine = open_engine(model, config.ppo.decode_batch)
+        engine = open_engine(model, config.ppo.decode_batch, own_template=False)
         prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.evaluation)]
         settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': config.ppo.temperature, 'seed': 'evaluation'}
         answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]

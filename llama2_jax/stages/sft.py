@@ -27,6 +27,7 @@ from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.stages import made_from
 from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.frozen import load_frozen, merge_on_host
+from llama2_jax.stages.generate import note_llama2
 from llama2_jax.stages.heldout import make_evaluate, say_heldout
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.stages.pretrain import split, token_loss
@@ -97,6 +98,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     model = extended(source.config, config)
     check(config, model, mesh)
     tokenizer = tokenizer_of(source)
+    note_llama2(config.init_from, source.prompts)
     path, started = open_run(workdir, config, MAY_CHANGE)
     record_inputs(path, made_from.of_tuning(config.init_from, config.data.mixture), started)
     data = DialogData(
@@ -156,7 +158,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     if frozen is None or config.merge:
         provenance = {'stage': 'sft', 'parent': config.init_from, 'step': data.steps}
         model_to = model_to or path / 'model'
-        save_model(model_to, merged(state.params), tokenizer, provenance)
+        save_model(model_to, merged(state.params), tokenizer, provenance, chat=True)
         say(f'The model is in {model_to}.')
     return state
 

@@ -18,7 +18,7 @@ from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages import generate
 from llama2_jax.stages.generate import open_engine, open_scorer
 from llama2_jax.stages.graders import answered
-from llama2_jax.text.dialog import encode_prompt
+from llama2_jax.text.dialog import encode_question
 
 Messages = Sequence[dict[str, str]]
 # (dialog, answer shown first, answer shown second) for each pair -> how much better the first is, below zero if worse.
@@ -40,6 +40,7 @@ class VersusConfig(Config):
       judge: reward_model:DIR, model:DIR (any chat model) or toy (the oracle, for prompts of the toy world).
       output: the folder to write.
       limit: the first so many prompts; 0: all.
+      chat: whether texts in "prompt" are users' messages; None: for each model as it says. Messages are always a dialog.
     """
 
     model: str
@@ -48,6 +49,7 @@ class VersusConfig(Config):
     judge: str
     output: str
     limit: int = 0
+    chat: bool | None = None
     batch_size: int = between(32, 1)
     int8: bool = False
     temperature: float = between(0.6, 0, 100)
@@ -64,11 +66,12 @@ def run(config: VersusConfig) -> dict[str, Any]:
     """
     judge = make_judge(config.judge)
     open_model(config.versus)
-    dialogs = read_prompts(config.prompts)[: config.limit or None]
+    prompts = read_prompts(config.prompts)[: config.limit or None]
+    dialogs = [row.get('messages') or [{'role': 'user', 'content': row['prompt']}] for row in prompts]
     path = make_directory(config.output)
     rows = path / 'prompts.jsonl'
     if is_main_process():
-        write_atomically(rows, ''.join(json.dumps({'messages': dialog}) + '\n' for dialog in dialogs))
+        write_atomically(rows, ''.join(json.dumps(row) + '\n' for row in prompts))
     barrier('prompts written')
     answers = [answer(config, model, rows, path / name) for model, name in ((config.model, 'model'), (config.versus, 'versus'))]
     pairs = list(zip(dialogs, *answers, strict=True))
@@ -89,24 +92,24 @@ def run(config: VersusConfig) -> dict[str, Any]:
     return shares
 
 
-def read_prompts(source: str) -> list[Messages]:
-    """The dialogs to answer.
+def read_prompts(source: str) -> list[dict[str, Any]]:
+    """The rows to answer, {'prompt': text} or {'messages': dialog}.
 
     Raises:
       UserError: a row that is no prompt, or there are none.
     """
-    dialogs = []
+    rows = []
     for record in read_records(generate.as_source(source)):
         fields = record.fields
         if isinstance(fields.get('prompt'), str):
-            dialogs.append([{'role': 'user', 'content': fields['prompt']}])
+            rows.append({'prompt': fields['prompt']})
         elif isinstance(fields.get('messages'), list):
-            dialogs.append(fields['messages'])
+            rows.append({'messages': fields['messages']})
         else:
             raise UserError(f'{record.where}: a row has "prompt" or "messages".')
-    if not dialogs:
+    if not rows:
         raise UserError(f'{source} holds no prompts.')
-    return dialogs
+    return rows
 
 
 def answer(config: VersusConfig, model: str, rows: Path, output: Path) -> list[str]:
@@ -115,7 +118,7 @@ def answer(config: VersusConfig, model: str, rows: Path, output: Path) -> list[s
     output = output.with_suffix('.jsonl')
     say(f'{model} answers.')
     engine = open_engine(model, config.batch_size, config.int8)
-    generate.run(engine, str(rows), str(output), settings, generate.identity(model, config.int8))
+    generate.run(engine, str(rows), str(output), settings, generate.identity(model, config.int8), chat=config.chat)
     barrier('answers written')
     return [json.loads(line)['samples'][0]['text'].strip() for line in output.read_text(encoding='utf-8').splitlines()]
 
@@ -156,13 +159,13 @@ def reward_judge(path: str, pairs: Sequence[tuple[Messages, str, str]]) -> list[
 
 
 def model_judge(path: str, pairs: Sequence[tuple[Messages, str, str]]) -> list[float]:
-    """How much likelier a chat model says A than B."""
+    """How much likelier a model says A than B, asked as it wants its prompts."""
     engine = open_engine(path)
     letters = [engine.tokenizer.encode(letter, bos=False, eos=False) for letter in 'AB']
     questions = []
     for dialog, first, second in pairs:
         text = ASK_JUDGE.format('\n'.join(f'{message["role"]}: {message["content"]}' for message in dialog), first, second)
-        ids = encode_prompt([{'role': 'user', 'content': text}], engine.tokenizer)
+        ids = encode_question(text, engine.tokenizer, engine.tokenizer.prompts.chat)
         ids = cut_left(ids, engine.config.context - max(map(len, letters)))
         questions.append([(ids, letter) for letter in letters])
     found = dict(engine.log_likelihoods(questions))

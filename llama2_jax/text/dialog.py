@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama2_jax.config import UserError
+from llama2_jax.text import template
 from llama2_jax.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -68,6 +69,8 @@ def has_special_tags(messages: Messages) -> bool:
 def encode_prompt(messages: Messages, tokenizer: Tokenizer, where: str = 'The dialog') -> list[int]:
     """The ids of a dialog that ends with a user's message, ready for the answer to be sampled.
 
+    They follow the tokenizer's own template, where it has one (`Tokenizer.prompts`), and otherwise LLaMA 2's chat format.
+
     >>> encode_prompt([{'role': 'user', 'content': 'Hi'}], llama2)  # <s>[INST] Hi [/INST]
     [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
 
@@ -77,7 +80,16 @@ def encode_prompt(messages: Messages, tokenizer: Tokenizer, where: str = 'The di
     check_dialog(messages, where)
     if messages[-1]['role'] != 'user':
         raise UserError(f'{where}: the last message of a prompt must be from the user.')
+    if tokenizer.prompts.template:
+        return template.encode(messages, tokenizer, where)
     return [token for part in _encode(messages, tokenizer, where) for token in part]
+
+
+def encode_question(text: str, tokenizer: Tokenizer, chat: bool, where: str = 'The question') -> list[int]:
+    """The ids of one text: a user's message for a model that chats, otherwise plain text to continue."""
+    if chat:
+        return encode_prompt([{'role': 'user', 'content': text}], tokenizer, where)
+    return tokenizer.encode(text, bos=True, eos=False)
 
 
 def encode_dialog(messages: Messages, tokenizer: Tokenizer, where: str = 'The dialog') -> tuple[list[int], list[bool]]:

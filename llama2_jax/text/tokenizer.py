@@ -12,6 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.config import UserError
 from llama2_jax.files import read_whole, write_atomically
+from llama2_jax.text.template import PromptFormat
 
 FILE_NAME = 'tokenizer.model'
 SENTENCE_BYTES = 4192  # SentencePiece drops longer training sentences without a word, so `sentences` cuts them
@@ -33,6 +34,7 @@ class Tokenizer:
     """
 
     stop_ids: tuple[int, ...] = ()  # token ids that end a text besides EOS, which a model's files may name
+    prompts = PromptFormat()  # of the model that it belongs to; not copied to data workers, as training uses LLaMA 2's format
 
     def __init__(self, path: str | os.PathLike):
         file = epath.Path(path)
