@@ -22,6 +22,7 @@ from llama2_jax.evals.tasks import TASKS
 from llama2_jax.model.engine import Engine
 from llama2_jax.model.llama import Llama
 from llama2_jax.runtime import start
+from llama2_jax.text.template import PromptFormat
 
 DATA_DIR = flags.DEFINE_string('data_dir', None, 'Holds mmlu.', required=True)
 LAYERS = flags.DEFINE_integer('layers', 16, 'Of the model; 16 make 0.95B parameters.')
@@ -32,7 +33,7 @@ SUBJECTS = ('high_school_biology', 'professional_psychology')
 class Words:
     """A tokenizer of a kind: a number for each word, about as many tokens as LLaMA 2's has."""
 
-    unk_id, bos_id, eos_id, stop_ids, vocab_size = 0, 1, 2, (), 32000
+    unk_id, bos_id, eos_id, stop_ids, vocab_size, prompts = 0, 1, 2, (), 32000, PromptFormat()
 
     def encode(self, text: str) -> list[int]:
         """Ids, BOS first."""

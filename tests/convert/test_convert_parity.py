@@ -149,12 +149,12 @@ def test_stories260k_gives_its_golden_logits(form, shared, tmp_path):
 
 def test_chat_template_and_tokenizer_are_metas(shared, tmp_path):
     llama2 = Tokenizer(shared / 'data/tokenizer')
-    save_model(tmp_path / 'model', random_model(dataclasses.replace(GQA, vocab_size=32_000, layers=1)), llama2, {})
+    save_model(tmp_path / 'model', random_model(dataclasses.replace(GQA, vocab_size=32_000, layers=1)), llama2, {}, chat=True)
     convert(open_model(tmp_path / 'model'), tmp_path / 'hf', 'hf', 'bfloat16')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     texts = ['Hello world', '12345', 'a\n\nb', 'naïve café', '🙂', '[INST] Hi [/INST]', 'def f(x):\n    return  x\t# 1']
     texts += [f'two{n * " "}words and {n * " "} {n}' for n in range(2, 40)]
-    # transformers 5 gives a text that begins with spaces no space more, as SentencePiece does: a sentence of docs/conversion.md.
+    texts += [' Hello', '  Hello', ' \n b', '▁x', '   ', '', ' ', '\n', '\t x ', ' 日本', ' 🙂', ' </ s>', '  \n  ']
     for text in texts:
         assert theirs(text).input_ids == llama2.encode(text, bos=True, eos=False), text
     brief = {'role': 'system', 'content': 'Be brief.'}

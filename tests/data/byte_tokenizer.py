@@ -3,11 +3,13 @@
 import os
 import time
 
+from llama2_jax.text.template import PromptFormat
+
 
 class ByteTokenizer:
     """The part of `text.tokenizer.Tokenizer` that `data` uses."""
 
-    bos_id, eos_id = 1, 2
+    bos_id, eos_id, prompts = 1, 2, PromptFormat()
 
     def __init__(self, vocab_size=259):
         self.vocab_size = vocab_size

@@ -15,11 +15,14 @@ from llama2_jax.text.dialog import (
     fit_dialog,
     has_special_tags,
 )
+from llama2_jax.text.template import PromptFormat
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 
 class Letters:
     """A tokenizer of code points; like SentencePiece it puts a space before every text."""
+
+    prompts = PromptFormat()
 
     def encode(self, text, bos, eos):
         return bos * [1] + [ord(letter) for letter in f' {text}'] + eos * [2]
