@@ -1,7 +1,9 @@
 """A conversation with a model, in memory and on a terminal."""
 
 import contextlib
+import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Generator, Iterator
@@ -10,11 +12,13 @@ from pathlib import Path
 from llama2_jax.config import UserError
 from llama2_jax.model.engine import Engine, Request, Sample
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, fit_dialog, has_special_tags
+from llama2_jax.text.printable import printable
 
 HELP = """/reset          begins a new conversation
 /system [TEXT]  gives a system message, or takes it away; begins a new conversation
 /save FILE      adds the conversation to a .jsonl file, as experiments/sft.py reads it
-/exit           ends, as does the end of the input"""
+/exit           ends, as does the end of the input
+A message that begins like a command is asked with a backslash before it: \\/reset"""
 
 
 class Chat:
@@ -34,8 +38,29 @@ class Chat:
         self.reset(system)
 
     def reset(self, system: str) -> None:
-        """Begins a new conversation."""
+        """Begins a new conversation.
+
+        Raises:
+          UserError: the system message is blank, holds a tag of the chat format or does not fit the context.
+        """
+        if system:
+            self._check_system(system)
         self.messages = [{'role': 'system', 'content': system}] if system else []
+
+    def _room(self) -> int:
+        """Tokens that a prompt may have: the answer needs the rest of the context."""
+        context = self._engine.config.context
+        return context - min(self._settings.get('max_new_tokens', Request([0]).max_new_tokens), context // 2)
+
+    def _check_system(self, system: str) -> None:
+        if not system.strip():
+            raise UserError('The system message is blank: leave it out, or write one.')
+        message = {'role': 'system', 'content': system}
+        if has_special_tags([message]):
+            raise UserError(f'The system message: {SPECIAL_TAGS_ERROR.removeprefix("Error: ")}')
+        prompt = [message, {'role': 'user', 'content': '?'}]
+        if (length := len(encode_prompt(prompt, self._engine.tokenizer, 'The system message'))) > self._room():
+            raise UserError(f'The system message takes {length} tokens, but there is room for {self._room()}.')
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, piece by piece; notes stand in brackets on lines of their own. Where it ends early, what was given counts.
@@ -43,13 +68,13 @@ class Chat:
         Raises:
           UserError: the question is empty or too long by itself, or it holds a tag of the chat format.
         """
-        messages = [*self.messages, {'role': 'user', 'content': question}]
-        if has_special_tags(messages):
+        asked = {'role': 'user', 'content': question}
+        messages = [*self.messages, asked]
+        if has_special_tags([asked]):  # not in what the model has written itself
             raise UserError(SPECIAL_TAGS_ERROR.removeprefix('Error: '))
-        context = self._engine.config.context
-        longest = self._settings.get('max_new_tokens', Request([0]).max_new_tokens)
-        fitting, dropped = fit_dialog(messages, self._engine.tokenizer, context - min(longest, context // 2))
+        fitting, dropped = fit_dialog(messages, self._engine.tokenizer, self._room())
         if dropped:
+            context = self._engine.config.context
             yield f'[the oldest {dropped} of {len(messages) // 2} turns no longer fit the context of {context} tokens]\n'
         # Other draws for each turn, the same for the same conversation.
         seed = zlib.crc32(f'{self._settings.get("seed", 0)} {len(messages)}'.encode())
@@ -95,21 +120,40 @@ def converse(chat: Chat) -> None:
     """Talks with whoever types; without a terminal, with the lines of the input. Ctrl-C ends an answer."""
     if sys.stdin.isatty():
         print(f'Type a message, or\n{HELP}\n')
-    while True:
-        try:
-            line = input('> ' if sys.stdin.isatty() else '').strip()
-        except EOFError:
-            return
-        command, _, rest = line.partition(' ')
+    for message in typed():
+        command, _, rest = message.partition(' ')
         if command == '/exit':
             return
         try:
-            _obey(chat, command, rest.strip(), line)
+            _obey(chat, command, rest.strip(), message)
         except UserError as error:
-            print(f'[{error}]', flush=True)
+            print(f'[{printable(str(error))}]', flush=True)
 
 
-def _obey(chat: Chat, command: str, rest: str, line: str) -> None:
+def typed() -> Iterator[str]:
+    """What is typed, message by message; what is not UTF-8 becomes U+FFFD.
+
+    On a terminal readline edits a line and keeps a history, and lines that are pasted together are one message.
+    """
+    if not sys.stdin.isatty():
+        for line in io.TextIOWrapper(sys.stdin.buffer, 'utf-8', 'replace') if hasattr(sys.stdin, 'buffer') else sys.stdin:
+            yield line.strip()
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # `input` uses it from then on
+
+        # A paste would end at its first newline otherwise; the terminal says where it begins and ends, and readline listens.
+        readline.parse_and_bind('set enable-bracketed-paste on')
+    while True:
+        try:
+            yield input('> ').encode('utf-8', 'replace').decode().strip()
+        except (EOFError, UnicodeDecodeError) as error:
+            if isinstance(error, EOFError):
+                return
+            print('[This is not UTF-8: type it again.]', flush=True)
+
+
+def _obey(chat: Chat, command: str, rest: str, message: str) -> None:
     if command == '/reset':
         system = chat.messages[0]['content'] if chat.messages and chat.messages[0]['role'] == 'system' else ''
         chat.reset(system)
@@ -119,13 +163,15 @@ def _obey(chat: Chat, command: str, rest: str, line: str) -> None:
         if not rest:
             raise UserError('/save FILE: the name of the file is missing.')
         chat.save(rest)
-        print(f'[saved to {rest}]', flush=True)
-    elif command == '/help' or command.startswith('/'):
+        print(f'[saved to {printable(rest)}]', flush=True)
+    elif command == '/help':
         print(HELP, flush=True)
-    elif line:
+    elif re.fullmatch('/[a-z]*', command):
+        raise UserError(f'{command} is not a command; /help lists them. To ask about it, write \\{command} ….')
+    elif message:
         try:
-            for piece in chat.ask(line):
-                print(piece, end='', flush=True)
+            for piece in chat.ask(message.removeprefix('\\') if message.startswith('\\/') else message):
+                print(printable(piece), end='', flush=True)
         except KeyboardInterrupt:
             pass
         print('\n', flush=True)
