@@ -10,6 +10,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data import toy
 from llama2_jax.files import write_atomically
 from llama2_jax.runtime import say
+from llama2_jax.text.printable import printable
 from llama2_jax.train.metrics import read_metrics
 
 VERSIONS = {'pretrain': 'base', 'sft': 'SFT', 'rs': 'rejection sampling', 'ppo': 'PPO'}
@@ -29,7 +30,7 @@ def summarise(workdir: str | Path) -> None:
     rows = [{'version': title, **measures(home, name)} for name, title in VERSIONS.items()]
     text = '\n\n'.join([as_table(stages(home)), as_table(rows), '\n\n'.join(transcripts(home))])
     write_atomically(home / 'versions.json', json.dumps(rows, indent=1) + '\n')
-    write_atomically(home / 'summary.md', text + '\n')
+    write_atomically(home / 'summary.md', printable(text) + '\n')
     say(text)
 
 

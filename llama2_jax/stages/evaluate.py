@@ -27,6 +27,7 @@ from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import check_settings, identity, open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
 from llama2_jax.stages.rows import growing, resume_rows
+from llama2_jax.text.printable import printable
 
 GRADERS = 2  # counts up with every change of what graders or results mean: older results are not continued
 Loaded = tuple[Files, list[Example]]
@@ -267,4 +268,4 @@ def finish(config: EvaluateConfig, results: dict, skipped: dict, table: list[dic
         summary = {'model': str(locate(config.model)), 'chat': chat, 'size': size, 'skipped': skipped, 'table': table}
         write_atomically(Path(config.output) / 'summary.json', json.dumps(summary, indent=1))
         lines = [f'\n{name} is left out: {why}.\n' for name, why in skipped.items()]
-        write_atomically(Path(config.output) / 'table.md', text + ''.join(lines))
+        write_atomically(Path(config.output) / 'table.md', printable(text + ''.join(lines)))

@@ -30,6 +30,7 @@ from llama2_jax.stages import made_from
 from llama2_jax.stages.devices import check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.text.dialog import encode_dialog
+from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
@@ -104,7 +105,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     check_labels(config, data)
     say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
     if not started and is_main_process():
-        write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
+        write_atomically(path / 'samples.md', printable(show_example(next(data.train()), tokenizer)))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, source.config, compute, data.steps)
 

@@ -42,6 +42,7 @@ from llama2_jax.stages.rollout import (
     write_rollouts,
 )
 from llama2_jax.stages.sft import SftConfig
+from llama2_jax.text.printable import printable
 from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
@@ -195,7 +196,7 @@ def report(config: RlhfConfig, rewards: RewardsConfig, models: Mapping[str, str]
     text = table(rows)
     if is_main_process():
         write_atomically(path / 'versions.json', json.dumps(rows, indent=2) + '\n')
-        write_atomically(path / 'versions.md', text + '\n')
+        write_atomically(path / 'versions.md', printable(text) + '\n')
         plot(rows, path / 'versions.png')
     say(text)
 

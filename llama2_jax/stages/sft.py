@@ -32,6 +32,7 @@ from llama2_jax.stages.heldout import make_evaluate, say_heldout
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.text.dialog import encode_prompt
+from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
 from llama2_jax.train.loop import LoopConfig, fit
@@ -112,7 +113,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     )
     say(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     if not started and is_main_process():
-        write_atomically(path / 'samples.md', show_example(next(data.train()), tokenizer))
+        write_atomically(path / 'samples.md', printable(show_example(next(data.train()), tokenizer)))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, model, compute, data.steps)
     frozen = load_frozen(config.init_from, config.lora, compute.dtype, model.context, mesh) if config.lora.rank else None

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llama2_jax.config import UserError
 from llama2_jax.files import BUCKET_SECONDS, Lines, is_remote, save_figure, write_atomically
+from llama2_jax.text.printable import printable
 
 QUIET_SECONDS = 10.0  # between two progress lines where there is no terminal, and between two visits to a slow disk
 
@@ -147,12 +148,13 @@ class Report:
         """Puts the section of this step at the end of samples.md."""
         path = self._workdir / 'samples.md'
         if self._writes:
-            write_atomically(path, f'{_samples_until(path, step - 1)}<!-- step {step} -->\n## Step {step}\n\n{text.strip()}\n\n')
+            section = f'<!-- step {step} -->\n## Step {step}\n\n{printable(text.strip())}\n\n'
+            write_atomically(path, _samples_until(path, step - 1) + section)
 
     def say(self, text: str) -> None:
         """One line on the terminal, above the progress bar."""
         if self._writes:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     def plot(self) -> None:
         """Draws loss.png."""

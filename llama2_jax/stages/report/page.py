@@ -14,6 +14,7 @@ from llama2_jax.files import is_remote, write_atomically
 from llama2_jax.stages.report import markdown
 from llama2_jax.stages.report.curves import by_count, calibration, curves, plane
 from llama2_jax.stages.report.runs import Run, answers, find_runs, sections
+from llama2_jax.text.printable import printable
 from llama2_jax.train.workdir import no_space_is_said
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -39,7 +40,7 @@ def write_report(workdir: str, output: str = '') -> Path:
     try:
         with no_space_is_said(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
+            write_atomically(path, printable(text))
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}.') from None
     return path
