@@ -8,7 +8,6 @@ the last one shorter. The files of a split in order are one stream of tokens. `<
 
 import collections
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from llama2_jax.config import UserError
+from llama2_jax.files import read_json
 
 SPLITS = ('train', 'heldout')
 RECORD = 8192  # tokens
@@ -117,7 +117,7 @@ class Cache:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        meta = json.loads((directory / 'meta.json').read_text())
+        meta = read_json(directory / 'meta.json', limit=2**30)
         parts = meta['parts']
         self.documents, self.tokens, self.bytes = (
             {split: sum(part[split][key] for part in parts) for split in SPLITS} for key in ('documents', 'tokens', 'bytes')

@@ -8,7 +8,7 @@ from etils.epath import Path
 
 from llama2_jax.config import UserError
 from llama2_jax.data import toy
-from llama2_jax.files import write_atomically
+from llama2_jax.files import read_json, write_atomically
 from llama2_jax.runtime import say
 from llama2_jax.text.printable import printable
 from llama2_jax.train.metrics import read_metrics
@@ -36,7 +36,10 @@ def summarise(workdir: str | Path) -> None:
 
 def measures(home: Path, version: str) -> dict[str, float]:
     """What the oracle measured."""
-    found = json.loads((home / 'eval' / version / 'toy.json').read_text(encoding='utf-8'))['measures']
+    path = home / 'eval' / version / 'toy.json'
+    found = read_json(path).get('measures', {})
+    if missing := [name for name in MEASURES if not isinstance(found.get(name), float | int)]:
+        raise UserError(f'{path} is damaged: it has no {missing[0]!r}. Remove it and evaluate the model again.')
     return {name: found[name] for name in MEASURES}
 
 
@@ -44,7 +47,13 @@ def stages(home: Path) -> Iterator[dict[str, str]]:
     """The headline of each stage, from its metrics.jsonl."""
 
     def last(stage: str, key: str) -> float:
-        return next(line[key] for line in reversed(read_metrics(home / stage / 'metrics.jsonl')) if key in line)
+        path = home / stage / 'metrics.jsonl'
+        if not path.exists():
+            raise UserError(f'{path} is missing: the stage {stage} has not been run; `make demo` does that.')
+        found = [line[key] for line in read_metrics(path) if key in line]
+        if not found:
+            raise UserError(f'{path} has no {key!r}: the stage {stage} has not finished.')
+        return found[-1]
 
     yield {'stage': 'pretraining', 'measure': 'held-out loss', 'value': f'{last("pretrain", "heldout/loss"):.3f} nats a token'}
     yield {'stage': 'SFT', 'measure': 'held-out questions answered exactly', 'value': f'{last("sft", "toy/learnable/exact"):.1%}'}

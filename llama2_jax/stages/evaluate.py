@@ -22,7 +22,7 @@ from llama2_jax.evals.measure import by_group, counts, means, shares
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
-from llama2_jax.files import locate, make_directory, write_atomically
+from llama2_jax.files import locate, make_directory, read_json, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.stages.generate import check_settings, identity, open_engine
 from llama2_jax.stages.graders import WANTED, Helper, make_helpers
@@ -171,8 +171,8 @@ def run_task(
     settings = json.loads(json.dumps(settings))
     result = path / f'{task.name}.json'
     if result.exists():
-        done = json.loads(result.read_text(encoding='utf-8'))
-        check_settings(result, settings, done['settings'])
+        done = read_json(result)
+        check_settings(result, settings, done.get('settings', {}))
         say(f'{task.name}: the results are there already.')
         return done
     say(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')

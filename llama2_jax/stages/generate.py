@@ -19,7 +19,7 @@ from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.convert.fingerprint import fingerprint
 from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of
 from llama2_jax.data.sources import read_records
-from llama2_jax.files import locate, write_atomically
+from llama2_jax.files import locate, read_json, write_atomically
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model import decode
 from llama2_jax.model.engine import Engine, Request, Sample
@@ -31,7 +31,7 @@ from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, encode_que
 from llama2_jax.text.template import PromptFormat
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train import aot
-from llama2_jax.train.workdir import differences, read_object
+from llama2_jax.train.workdir import differences
 
 SAMPLING = {field.name for field in dataclasses.fields(Request)} - {'token_ids', 'answer'}
 PROMPTS = ('prompt', 'messages', 'token_ids')
@@ -251,7 +251,7 @@ def resume(path: Path, settings: Mapping[str, Any], names: list[Any]) -> int:
         return 0
     if not beside.exists():
         raise UserError(f'{path} is there without {beside.name}, so what it was made from is not known: give another --output.')
-    check_settings(path, settings, read_object(beside))
+    check_settings(path, settings, read_json(beside))
     rows = resume_rows(path)
     if [row.get('id') for row in rows] != names[: len(rows)]:
         raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')

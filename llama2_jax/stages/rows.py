@@ -25,7 +25,7 @@ def resume_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in lines]
         whole = all(isinstance(row, dict) for row in rows)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f'{path} is damaged: it has lines that are no rows; remove it to begin anew.')

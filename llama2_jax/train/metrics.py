@@ -265,7 +265,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             lines.append(line | {'step': int(line['step'])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if text.endswith('\n'):
                 raise UserError(f'{path}:{number} is damaged: it is not a JSON object with a "step".') from None
     return lines

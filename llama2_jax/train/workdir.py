@@ -16,7 +16,7 @@ from etils.epath import Path
 
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
-from llama2_jax.files import bucket_errors, check_name, is_remote, locate, matching, write_atomically
+from llama2_jax.files import bucket_errors, check_name, is_remote, locate, matching, read_json, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
 
 INPUTS = 'inputs.json'
@@ -147,7 +147,7 @@ def record_inputs(workdir: Path, inputs: Mapping[str, str], begun: bool) -> None
 def read_inputs(workdir: Path) -> dict[str, str]:
     """What `record_inputs` wrote in a workdir; nothing where it did not."""
     path = workdir / INPUTS
-    return read_object(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def check_inputs(what: str, inputs: Mapping[str, str], recorded: Mapping[str, str]) -> None:
@@ -166,24 +166,8 @@ def check_inputs(what: str, inputs: Mapping[str, str], recorded: Mapping[str, st
         say(f'Continuing {what} with another {name}: {ours} in place of {theirs}.')
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a run keeps in a file.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-        if isinstance(found, dict):
-            return found
-        error: Any = 'it is not a JSON object'
-    except ValueError as invalid:
-        error = invalid
-    raise UserError(f'{path} is damaged ({error}): restore it, or start in another --workdir.')
-
-
 def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:
-    for field, our_text, their_text in differences(ours, read_object(path), may_change):
+    for field, our_text, their_text in differences(ours, read_json(path), may_change):
         raise UserError(
             f'{path.parent} belongs to a run with {field}={their_text}, and this one has {field}={our_text}: '
             'use the same settings to continue it, or another --workdir.'

@@ -98,7 +98,7 @@ def test_until_there_are_results_all_may_change(tmp_path):
 
 def test_damaged_config_and_unwritable_directory(tmp_path):
     (tmp_path / 'config.json').write_text('{"steps": 1')
-    with pytest.raises(UserError, match=r'config.json is damaged \(Expecting .*another --workdir'):
+    with pytest.raises(UserError, match=r'config.json is damaged'):
         open_workdir(tmp_path, Config())
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file/run cannot be written: Not a directory.'):

@@ -114,7 +114,7 @@ def read_json(path: Path) -> Any:
     """Its content; None where there is none that can be read: half a file is no reason to show nothing."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
