@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures('mesh', 'one_device', 'compiled_once')
 @pytest.fixture
 def home(tmp_path):
     """policy/, help/, safe/, prompts.jsonl, and dialogs.jsonl with 16 rows."""
-    home = make_home(tmp_path, [{'messages': [{'role': 'user', 'content': text}]} for text in QUESTIONS], eos=40.0)
+    home = make_home(tmp_path, [{'messages': [{'role': 'user', 'content': text}]} for text in QUESTIONS], eos=6.0)
     write_dialogs(home, 16)
     return home
 
@@ -112,8 +112,8 @@ def test_rounds_of_rlhf_know_their_reward_models(home):
     rewards = RewardsConfig(helpfulness=str(home / 'help'), safety=str(home / 'safe'))
     prompts = PromptConfig(mixture=f'jsonl:{home}/prompts.jsonl', heldout=0.2, longest=40)
     sampling = RejectionConfig(
-        sample_from=str(home / 'policy'), rewards=rewards, prompts=prompts, count=6, samples=2, temperatures=(1.0,),
-        tune_prompts=2, max_new_tokens=8, sft=tuning(home, data=DialogConfig(mixture='', heldout=0.0)),
+        sample_from=str(home / 'policy'), rewards=rewards, prompts=prompts, count=6, samples=8, temperatures=(1.0,),
+        tune_prompts=2, max_new_tokens=16, sft=tuning(home, data=DialogConfig(mixture='', heldout=0.0)),
     )  # fmt: skip
     training = PPOConfig(
         init_from=str(home / 'policy'), rewards=rewards, prompts=prompts, judge='', iterations=1, batch_size=4,
