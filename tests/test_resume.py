@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 
 import numpy as np
 import program
@@ -65,3 +66,27 @@ def test_four_processes_are_one(straight, options, tmp_path):
         assert ours['loss'] == pytest.approx(theirs['loss'], abs=1e-5)
     for ours, theirs in zip(program.final(tmp_path), program.final(straight), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_processes_of_other_settings_do_not_train_together(options, tmp_path):
+    environment = options['environment']
+    given = {key: value for key, value in options.items() if key != 'environment'}
+    processes = [
+        program.launch(tmp_path, 1, environment=environment | member, **given, steps=steps)
+        for member, steps in zip(program.members(2), (24, 23), strict=True)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all('Error: Process 1 has config.tokens=5888, process 0 has 6144' in text for text in said), said
+    assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+def test_sigterm_before_the_first_step_ends_each_of_several_processes(options, tmp_path):
+    processes = program.launch_several(tmp_path, 2, 1, **options)
+    while not (tmp_path / 'config.json').exists():
+        assert all(process.poll() is None for process in processes), [process.communicate()[1] for process in processes]
+        time.sleep(0.01)
+    for process in processes:
+        process.terminate()
+    program.finish(*processes, code=-signal.SIGTERM, seconds=20)
+    assert not (tmp_path / 'metrics.jsonl').exists()

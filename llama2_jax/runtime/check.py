@@ -7,7 +7,6 @@ import shutil
 import socket
 import time
 import uuid
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from llama2_jax import runtime
 from llama2_jax.config import UserError
-from llama2_jax.runtime.hosts import find_place, join, patience, roll_call
+from llama2_jax.runtime.hosts import code_fingerprint, find_place, join, patience, roll_call
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy')
 VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')  # with others a host compiles another program
@@ -60,7 +59,7 @@ def facts(directories: Sequence[str]) -> dict[str, Any]:
     cache = Path(os.environ.get('LLAMA2_JAX_CACHE') or Path.home())
     return {
         'host': socket.gethostname(),
-        'same': {'python': platform.python_version(), 'llama2_jax': fingerprint()}
+        'same': {'python': platform.python_version(), 'llama2_jax': code_fingerprint()}
         | versions
         | {name: os.environ.get(name, '') for name in VARIABLES},
         'cpus': len(os.sched_getaffinity(0)),
@@ -68,14 +67,6 @@ def facts(directories: Sequence[str]) -> dict[str, Any]:
         'disk': shutil.disk_usage(cache).free,
         'directories': {name: try_writing(name) for name in directories},
     }
-
-
-def fingerprint() -> str:
-    """A number of the package's code as it is here."""
-    root, total = Path(runtime.__file__).parents[1], 0
-    for path in sorted(root.rglob('*.py')):
-        total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
-    return f'{total:08x}'
 
 
 def try_writing(directory: str) -> str:

@@ -5,19 +5,25 @@ has an end, and the sentence it ends in names the host.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import clusters, distributed
+from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
 
@@ -82,6 +88,45 @@ def join(place: Place) -> None:
     """
     _names[:] = [facts['host'] for facts in roll_call(place, {'host': socket.gethostname()}, patience())]
     jax.distributed.initialize(place.address, place.count, place.index)
+    _sigaction(None, _preemption)
+    expect_preemption(False)
+
+
+# JAX's handler of SIGTERM, as the C library gives it: an opaque struct, smaller than this on every system.
+_preemption = ctypes.create_string_buffer(1024)
+
+
+def expect_preemption(expected: bool) -> None:
+    """Says whether SIGTERM means that all of several processes save and stop together, which needs a loop that asks.
+
+    Elsewhere SIGTERM ends a process at once: JAX's handler would keep it alive through hours of tokenising or compiling.
+    """
+    if expected:
+        _sigaction(_preemption, None)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sigaction(new: Any, old: Any) -> None:
+    ctypes.CDLL(None).sigaction(signal.SIGTERM, new, old)
+
+
+def code_fingerprint() -> str:
+    """A checksum of the package's code as it is here."""
+    root, total = Path(__file__).parents[1], 0
+    for path in sorted(root.rglob('*.py')):
+        total = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(root).as_posix().encode(), total))
+    return f'{total:08x}'
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, by process; every process calls it."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array(len(content)))))
+    rows = multihost_utils.process_allgather(np.pad(content, (0, longest - len(content)), constant_values=ord(' ')))
+    return [bytes(row).decode().rstrip(' ') for row in rows]
 
 
 def roll_call(place: Place, facts: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:

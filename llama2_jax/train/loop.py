@@ -22,9 +22,9 @@ from jax.experimental import multihost_utils
 
 from llama2_jax.config import Config, UserError, between
 from llama2_jax.files import locate
-from llama2_jax.runtime.hosts import Watch
+from llama2_jax.runtime.hosts import Watch, expect_preemption
 from llama2_jax.train.checkpoint import Checkpoints, Tree
-from llama2_jax.train.metrics import Meter, Progress, Report
+from llama2_jax.train.metrics import Meter, Progress, Report, lost_metrics
 from llama2_jax.train.workdir import no_space_is_said
 
 HELDOUT = 'heldout/loss'  # the evaluation that decides which checkpoint is best
@@ -90,6 +90,7 @@ def fit(
         state, progress = checkpoints.restore(abstract_state) or (None, {})
         progress = Progress(**progress)
         state = init() if state is None else state
+        lost = lost_metrics(workdir / 'metrics.jsonl', progress.step, config.log_every) if progress.step else ''
         meter = Meter(flops_per_step, peak_flops)
         with Interruption() as interruption, Report(workdir, progress, meter, steps) as report:
 
@@ -105,10 +106,11 @@ def fit(
                 return figures
 
             if progress.step:
-                report.say(f'Continuing from the checkpoint of step {progress.step}.')
-            waiting = None
+                report.say(f'Continuing from the checkpoint of step {progress.step}. {lost}'.strip())
+            waiting, first = None, progress.step + 1
             for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
                 watch.at(number)
+                meter.start()
                 state, metrics = step(state, batch)
                 # Only now that this step is queued, wait for the one before: the device never idles for the host.
                 if waiting:
@@ -118,7 +120,7 @@ def fit(
                 evaluates = evaluate and _due(number, config.eval_every, steps)
                 samples = sample and _due(number, config.sample_every, steps)
                 saves = stop or _due(number, config.checkpoint_every, steps)
-                if not (evaluates or samples or saves):
+                if not (evaluates or samples or saves or number == first):
                     continue
                 figures = settle(*waiting, partial(evaluate, state) if evaluates else None)
                 waiting = None
@@ -183,9 +185,13 @@ class Interruption:
         # Several processes: JAX's own service catches SIGTERM and agrees on a step.
         if jax.process_count() == 1:
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+        else:
+            expect_preemption(True)
         return self
 
     def __exit__(self, *error: object) -> None:
+        if jax.process_count() > 1 and signal.SIGINT in self._before:
+            expect_preemption(False)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -35,19 +35,24 @@ class Meter:
     def __init__(self, flops_per_step: float, peak_flops: float | None):
         self._flops = flops_per_step / jax.device_count()
         self._peak = peak_flops
-        self.pause()
+        self._began, self._compiled = None, False
+        self._steps = self._tokens = 0
 
     def pause(self) -> None:
-        """Forgets the time until the next step is counted."""
-        self._began, self._steps, self._tokens = None, 0, 0
+        """Stops the clock until the next step starts; all steps so far are complete, so nothing is left to compile."""
+        self._began, self._compiled = None, True
+        self._steps = self._tokens = 0
+
+    def start(self) -> None:
+        """Starts the clock, unless it runs: a step is about to be dispatched, and no other one is under way."""
+        if self._compiled and self._began is None:
+            self._began = time.perf_counter()
 
     def count(self, tokens: int) -> None:
-        """One more step is complete. The first one after a pause starts the clock only."""
-        if self._began is None:
-            self._began = time.perf_counter()
-            return
-        self._steps += 1
-        self._tokens += tokens
+        """One more step is complete. Steps before the first pause, which compile, do not count."""
+        if self._began is not None:
+            self._steps += 1
+            self._tokens += tokens
 
     def read(self) -> dict[str, float | None]:
         """tokens_per_second of all chips, tflops (1e12 a second) and mfu (0 to 1) of one; None where unknown."""
@@ -269,6 +274,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if text.endswith('\n'):
                 raise UserError(f'{path}:{number} is damaged: it is not a JSON object with a "step".') from None
     return lines
+
+
+def lost_metrics(path: Path, step: int, log_every: int) -> str:
+    """A sentence if a metrics.jsonl ends before the step that a run continues from; '' otherwise."""
+    last = max((line['step'] for line in read_metrics(path)), default=0) if path.exists() else 0
+    return f'{path} ends at step {last}: the lines until step {step} are lost.' if last <= step - log_every else ''
 
 
 def drop_metrics(path: Path, step: int) -> None:

@@ -16,8 +16,9 @@ from etils.epath import Path
 
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
-from llama2_jax.files import bucket_errors, check_name, is_remote, locate, matching, read_json, write_atomically
+from llama2_jax.files import bucket_errors, check_name, check_writable, is_remote, locate, matching, read_json, write_atomically
 from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime.hosts import code_fingerprint, gather
 
 INPUTS = 'inputs.json'
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,8 +62,10 @@ def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str,
     """
     workdir = locate(workdir)
     check_name(workdir)
+    check_writable('--workdir', workdir, directory=True)
     path = workdir / 'config.json'
     text = config_lib.to_json(config)
+    _check_agreement(json.loads(text))
     with bucket_errors(workdir):
         there = path.exists()
     if there:
@@ -70,13 +73,29 @@ def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str,
     barrier('workdir checked')  # nobody writes before everybody has looked
     if jax.process_index() == 0:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _lock(workdir)
-            write_atomically(path, text)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise UserError(f'The workdir {workdir} cannot be written: {error.strerror}.') from None
+            with no_space_is_said(workdir):
+                workdir.mkdir(parents=True, exist_ok=True)
+                _lock(workdir)
+                write_atomically(path, text)
+        except OSError as error:
+            raise UserError(f'--workdir={workdir} cannot be written: {error.strerror}.') from None
     barrier('workdir written')
     return workdir
+
+
+def _check_agreement(config: Mapping[str, Any]) -> None:
+    """Compares settings and code of all processes: with others, each would train a part of another model.
+
+    Raises:
+      UserError: they differ; the first process and field that do are named.
+    """
+    everyone = [json.loads(text) for text in gather(json.dumps({'code': code_fingerprint(), 'config': config}))]
+    for index, theirs in enumerate(everyone):
+        for field, their_text, text in differences(theirs, everyone[0]):
+            raise UserError(
+                f'Process {index} has {field}={their_text}, process 0 has {text}: '
+                'start the same command, with the same code, on every host.'
+            )
 
 
 def open_run(

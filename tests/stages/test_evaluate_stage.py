@@ -221,7 +221,7 @@ def test_one_model_against_another(model, tmp_path):
     rows = [{'messages': [{'role': 'user', 'content': 'Where does Una live?'}]}, {'prompt': 'the hare'}]
     prompts = tmp_path / 'prompts.jsonl'
     prompts.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    config = versus.VersusConfig(model, model, str(prompts), 'model:judge', str(tmp_path / 'out'), max_new_tokens=4)
+    config = versus.VersusConfig(model, model, str(prompts), f'model:{model}', str(tmp_path / 'out'), max_new_tokens=4)
     shares = versus.run(config)
     assert shares['tie']['share'] == 1 and shares['win']['interval'] == pytest.approx((0, 0.658), abs=1e-3)  # the same answers
     [first, _] = read(tmp_path / 'out' / 'verdicts.jsonl')

@@ -40,21 +40,25 @@ def write(workdir, numbers, **progress):
 
 def test_meter_by_hand(clock):
     meter = Meter(flops_per_step=6e12 * jax.device_count(), peak_flops=100e12)
-    meter.count(1000)  # starts the clock: this step has compiled
+    meter.start()
+    meter.count(1000)  # this step has compiled
     assert meter.read() == {'tokens_per_second': None, 'tflops': None, 'mfu': None}
-    clock.now += 0.5
-    meter.count(1000)
-    clock.now += 0.5
+    meter.pause()
+    meter.start()
+    clock.now += 1.0
+    meter.start()
+    meter.count(1000)  # two steps that are settled one after the other, as on a CPU
     meter.count(500)
     assert meter.read() == {'tokens_per_second': 1500.0, 'tflops': 12.0, 'mfu': 0.12}
     meter.pause()
     clock.now += 1000
-    meter.count(1000)
+    meter.start()
     clock.now += 2
     meter.count(1000)
     assert meter.read() == {'tokens_per_second': 500.0, 'tflops': 3.0, 'mfu': 0.03}
     unknown = Meter(flops_per_step=6e12 * jax.device_count(), peak_flops=None)
-    unknown.count(1)
+    unknown.pause()
+    unknown.start()
     clock.now += 1
     unknown.count(10)
     assert unknown.read() == {'tokens_per_second': 10.0, 'tflops': 6.0, 'mfu': None}

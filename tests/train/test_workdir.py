@@ -101,7 +101,7 @@ def test_damaged_config_and_unwritable_directory(tmp_path):
     with pytest.raises(UserError, match=r'config.json is damaged'):
         open_workdir(tmp_path, Config())
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='file/run cannot be written: Not a directory.'):
+    with pytest.raises(UserError, match='file/run cannot be written'):
         open_workdir(tmp_path / 'file' / 'run', Config())
 
 
