@@ -101,6 +101,8 @@ def expect_preemption(expected: bool) -> None:
 
     Elsewhere SIGTERM ends a process at once: JAX's handler would keep it alive through hours of tokenising or compiling.
     """
+    if not _names:  # not joined by `join`: JAX's handler was not kept
+        return
     if expected:
         _sigaction(_preemption, None)
     else:
