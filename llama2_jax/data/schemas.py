@@ -199,8 +199,8 @@ def messages(value: Any, where: str, name: str) -> Dialog:
             if not all(isinstance(part, dict) and part.get('type') == 'text' for part in content):
                 raise UserError(f'{where}: {name}[{i}] has a part of content that is not text.')
             content = ''.join(str(part.get('text', '')) for part in content)
-        weight = {} if turn.get('weight') is None else {'weight': turn['weight']}
-        found.append({'role': ROLE_NAMES[role], 'content': content} | weight)
+        kept = {key: turn[key] for key in ('weight', 'token_ids') if turn.get(key) is not None}
+        found.append({'role': ROLE_NAMES[role], 'content': content} | kept)
     blank = found and found[0]['role'] == 'system' and not found[0]['content']
     return found[1:] if blank else found
 

@@ -43,7 +43,7 @@ def run(tokenizer, tmp_path, monkeypatch, any_name):
     def start(**changes):
         asked = collections.Counter()
         monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
-        monkeypatch.setattr(collect, 'open_engine', lambda name, _: Fake(name, tokenizer, asked))
+        monkeypatch.setattr(collect, 'open_engine', lambda name, *_, **__: Fake(name, tokenizer, asked))
         monkeypatch.setattr(collect, 'BLOCK', 8)
         given = {'models': ('good', 'bad'), 'prompts': 'toy:prompts', 'count': 20, 'raters': 'helpfulness'}
         collect.run(CollectConfig(**{**given, **changes}), str(tmp_path / 'out'))

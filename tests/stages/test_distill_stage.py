@@ -56,7 +56,7 @@ def run(tokenizer, tmp_path, monkeypatch, any_name):
     def start(workdir='out', **changes):
         fake = Fake(tokenizer)
         monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
-        monkeypatch.setattr(distill, 'open_engine', lambda *_: fake)
+        monkeypatch.setattr(distill, 'open_engine', lambda *_, **__: fake)
         monkeypatch.setattr(distill, 'open_scorer', lambda *_: fake)
         monkeypatch.setattr(distill, 'BLOCK', 8)
         given = {'model': 'm', 'safety': 's', 'prompts': f'jsonl:{tmp_path}/p.jsonl'}

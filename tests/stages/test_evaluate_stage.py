@@ -50,7 +50,7 @@ def engine(model):
 def one_device(monkeypatch, engine):
     """The stage on one device; `test_neither_batch_nor_mesh_matters` is about others."""
     for module in (evaluate, versus):
-        monkeypatch.setattr(module, 'open_engine', lambda *_: engine)
+        monkeypatch.setattr(module, 'open_engine', lambda *_, **__: engine)
 
 
 @pytest.fixture(scope='module')

@@ -143,7 +143,7 @@ def run(tokenizer, tmp_path, monkeypatch, any_name):
     def start(answer=moody, workdir='gatt', **changes):
         engine = Fake(tokenizer, answer)
         monkeypatch.setattr(made_from, 'fingerprint', str)  # of models that are only names here
-        monkeypatch.setattr(ghost, 'open_engine', lambda *_: engine)
+        monkeypatch.setattr(ghost, 'open_engine', lambda *_, **__: engine)
         given = {'model': 'm', 'dialogs': f'jsonl:{tmp_path}/d.jsonl', 'constraints': 'toy', 'grader': 'toy', 'most': 2}
         ghost.run(
             GhostConfig(**{**given, 'batch_size': 16, 'max_new_tokens': 32, 'samples': 8, **changes}), str(tmp_path / workdir)
