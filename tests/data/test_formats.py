@@ -8,10 +8,13 @@ from llama2_jax.config import UserError
 from llama2_jax.data import comparisons, prompts, schemas, sources
 from llama2_jax.data.dialogs import DialogConfig, DialogData, held_out
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
+from llama2_jax.text.template import PromptFormat
 
 
 class Letters:
     """A tokenizer of code points; like SentencePiece it puts a space before every text."""
+
+    prompts = PromptFormat()
 
     def encode(self, text, bos, eos):
         return bos * [1] + [ord(letter) for letter in f' {text}'] + eos * [2]

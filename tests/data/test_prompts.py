@@ -7,10 +7,13 @@ import pytest
 
 from llama2_jax.config import UserError
 from llama2_jax.data.prompts import PromptConfig, PromptData
+from llama2_jax.text.template import PromptFormat
 
 
 class Letters:
     """A tokenizer of code points; like SentencePiece it puts a space before every text."""
+
+    prompts = PromptFormat()
 
     def encode(self, text, bos, eos):
         return bos * [1] + [ord(letter) for letter in f' {text}'] + eos * [2]
