@@ -23,7 +23,7 @@ from llama2_jax.convert.meta import check_shards, make_params, write_meta
 from llama2_jax.convert.names import Key, keys, shape, their_names
 from llama2_jax.convert.orbax import write_orbax
 from llama2_jax.convert.source import DTYPES, Source
-from llama2_jax.files import bucket_errors, is_remote, locate
+from llama2_jax.files import bucket_errors, check_name, is_remote, locate
 from llama2_jax.train.workdir import out_of_space
 
 FORMS = ('orbax', 'hf', 'meta', 'gguf')
@@ -80,6 +80,7 @@ def _check_output(source: Source, output: Path, form: str, dtype: str | None, sh
         raise UserError(f'{output} lies in the input: choose another output.')
     if _is_there(output):
         raise UserError(f'{output} exists already; remove it, or choose another output.')
+    check_name(output)
     if form == 'gguf' and output.suffix != '.gguf':
         raise UserError(f'{output}: a GGUF model is one file, so name it {output.name}.gguf.')
     if dtype == QUANTISED and form != 'gguf':

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import glob
 import json
 import math
 import re
@@ -201,7 +202,9 @@ def _name(index: int, row: Mapping[str, Any]) -> Any:
 
 def as_source(rows: str) -> str:
     """A source of rows, or the path of a file of rows as one."""
-    return rows if re.match(r'(toy|rows|jsonl|arrayrecord|tfds):', rows) else f'jsonl:{rows}'
+    if re.match(r'(toy|rows|jsonl|arrayrecord|tfds):', rows):
+        return rows
+    return f'jsonl:{glob.escape(rows) if Path(rows).exists() else rows}'  # a file's own name may hold [ or *
 
 
 def rows_fingerprint(rows: list[tuple[Any, str]]) -> int:
