@@ -159,9 +159,14 @@ def _json(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 def parse(data: bytes, where: str) -> Any:
     """JSON, or a UserError that names the place."""
     try:
-        return json.loads(data.decode())
+        value = json.loads(data.decode())
+        if b'\\ud' in data.lower():  # JSON can spell half a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f'{where} holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which is not text.') from None
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where} is not JSON: {error}.') from error
+    return value
 
 
 def _csv(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:

@@ -244,3 +244,10 @@ def test_bytes_of_answers_with_weight_0_do_not_count(source):
     rows = [{'messages': [turns(name)[0], *read[1:]]}] + [{'messages': turns(f'x{i}', 'abc')} for i in range(50)]
     data = DialogData(DialogConfig(source(*rows), heldout=0.5), Letters(), length=99, batch_size=2, seed=0)
     assert data.sources[0].heldout_bytes == 2 + 3 * sum(held_out(row['messages'], 0.5) for row in rows[1:])
+
+
+def test_half_a_surrogate_pair_names_file_and_row(source):
+    whole, half = {'prompt': 'x \U0001f600'}, {'messages': [{'role': 'user', 'content': 'x \ud83d'}]}
+    with pytest.raises(UserError, match=r':2 holds a lone surrogate \(U\+D83D\)'):
+        [record.fields for record in sources.read_records(source(whole, half))]
+    assert [record.fields for record in sources.read_records(source(whole))] == [whole]
