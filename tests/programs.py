@@ -1,7 +1,7 @@
 """Every program that the package compiles and runs, with the shapes that it runs with: a new `jax.jit` is added here.
 
 An entry is a function of `Target` that returns a `Call`; it names the functions of the package whose `jax.jit` it covers.
-`test_programs.py` compiles all of them for TPUs and lowers them for GPUs.
+`test_tpu_programs.py` compiles all of them for TPUs and lowers them for GPUs.
 """
 
 import dataclasses

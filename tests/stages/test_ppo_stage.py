@@ -253,8 +253,8 @@ def test_answers_beside_each_other_need_no_value_model(home, tmp_path, monkeypat
         ({'max_new_tokens': 40}, r'prompts.longest=40 and max_new_tokens=40 are more than the context of init_from, 64'),
         ({'init_from': 'help'}, r'init_from=.*help: this is a reward model; give a language model'),
         (
-            {'prompts': PromptConfig(mixture='toy:dialogs', longest=40)},
-            'toy:dialogs record 0: the last message of a prompt must be',
+            {'prompts': PromptConfig(mixture='toy:letters', longest=40)},
+            'toy:letters holds documents, not records',
         ),
     ],
 )

@@ -53,6 +53,7 @@ def called(monkeypatch):
     """What each stage of the loop is called with, (config, workdir); what the models answer."""
     calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill', 'answer')}
     monkeypatch.setattr(rlhf, 'check', lambda config: None)  # the names here are of no models
+    monkeypatch.setattr(rlhf.made_from, 'fingerprint', str)
     for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill'):
         monkeypatch.setattr(getattr(rlhf, name), 'run', lambda config, home, name=name: calls[name].append((config, home)))
 
