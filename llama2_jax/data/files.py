@@ -46,6 +46,11 @@ def open_file(path: str) -> BinaryIO:
       UserError: the name promises another format than the content has, or while reading: the file is damaged.
     """
     raw = open_raw(path)
+    try:
+        raw.peek(HEAD)
+    except OSError as error:
+        raw.close()
+        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     found, promised = looks_like(raw.peek(HEAD)[:HEAD]), SUFFIXES.get(PurePath(path).suffix.lower())
     if promised in PACKED and raw.peek(1) and found != promised:
         raw.close()

@@ -11,8 +11,9 @@ from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.convert.orbax import check_vocabulary
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
+from llama2_jax.files import locate
 from llama2_jax.runtime import hosts
-from llama2_jax.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+from llama2_jax.text.tokenizer import FILE_NAME, NoText, Tokenizer, train_tokenizer
 from llama2_jax.train.workdir import open_workdir
 
 SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
@@ -35,19 +36,27 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
     """
     names = source_names(config)
     # As long as nothing is trained there is nothing to protect, and a vocabulary that was too large can be set right.
-    trained = (Path(workdir) / FILE_NAME).exists()
+    trained = (locate(workdir) / FILE_NAME).exists()
     fields = () if trained else tuple(field.name for field in dataclasses.fields(config))
     path = open_workdir(workdir, config, may_change=fields) / FILE_NAME
     if trained:
         runtime.say(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():
-        train_tokenizer(documents(names), path, config.vocab_size, config.max_sentences)
+        _train(names, path, config.vocab_size, config.max_sentences)
     runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path)
     runtime.say(f'{path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}')
     for name in names:
         runtime.say(f'{name}: {bytes_per_token(tokenizer, name):.2f} bytes per token')
     return tokenizer
+
+
+def _train(names: list[str], path: Path, *settings: int) -> None:
+    """Trains on all documents of the sources; an error names them."""
+    try:
+        train_tokenizer(documents(names), path, *settings)
+    except NoText:
+        raise UserError(f'{", ".join(names)}: there is no text to train a tokenizer on.') from None
 
 
 def source_names(config: TokenizerConfig) -> list[str]:
@@ -107,7 +116,7 @@ def open_tokenizer(path: str, mixture: str, vocab_size: int, own: Path, keep: bo
         )
     if not path and not keep and runtime.is_main_process():
         runtime.say(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
-        train_tokenizer(documents([component.source for component in parse_mixture(mixture)]), own, vocab_size)
+        _train([component.source for component in parse_mixture(mixture)], own, vocab_size)
     runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path or own)
     check_vocabulary(tokenizer, vocab_size)

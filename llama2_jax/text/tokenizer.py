@@ -20,6 +20,10 @@ WHITESPACE_SCORE = -1e9
 MODEL_BYTES = 2**26  # of a model file at most; the largest known has 5 MB
 
 
+class NoText(UserError):
+    """A tokenizer was to be trained on documents without text."""
+
+
 class Tokenizer:
     """A SentencePiece model: `<unk>`, `<s>`, `</s>`, 256 byte pieces, then the learned pieces (recipe B).
 
@@ -242,7 +246,7 @@ def _train(texts: Iterable[str], vocab_size: int, max_sentences: int) -> bytes:
         if lines.error:
             raise lines.error from None
         if not lines.count:
-            raise UserError('There is no text to train a tokenizer on.') from None
+            raise NoText('There is no text to train a tokenizer on.') from None
         raise _training_error(error, vocab_size) from None
     return _merge_whitespace_last(written.getvalue())
 
