@@ -10,6 +10,7 @@ from absl import app, flags, logging
 import llama2_jax.memory  # noqa: F401 - before anything large is imported
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
+from llama2_jax.files import check_writable
 from llama2_jax.stages.inputs import check_inputs
 from llama2_jax.train.aot import TOPOLOGIES
 from llama2_jax.train.workdir import ResumeConfig, resuming
@@ -48,6 +49,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
                 return
             if not workdir.value:
                 raise UserError('--workdir=DIR is missing: where the run is to live.')
+            check_writable('--workdir', workdir.value, directory=True)
             runtime.start()
             check_inputs(config)
             with resuming(resume):
