@@ -48,7 +48,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
                 print(dry_run(config, topology.value))
                 return
             if not workdir.value:
-                raise UserError('--workdir=DIR is missing: where the run is to live.')
+                raise UserError('--workdir=DIR is missing: name the directory of the run.')
             check_writable('--workdir', workdir.value, directory=True)
             runtime.start()
             check_inputs(config)

@@ -120,7 +120,7 @@ def test_every_preset_shows_its_command(path):
     ('arguments', 'message'),
     [
         (['train_tokenizer', '--config=smal'], "Error: --config=smal: no such preset; did you mean 'small'?"),
-        (['train_tokenizer'], 'Error: --workdir=DIR is missing: where the run is to live.'),
+        (['train_tokenizer'], 'Error: --workdir=DIR is missing: name the directory of the run.'),
         (
             ['train_tokenizer', 'vocab_size=2'],
             "Error: Unknown argument 'vocab_size=2'; settings are given as --set path.to.field=value.",

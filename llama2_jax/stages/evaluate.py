@@ -111,7 +111,7 @@ def load_all(
                 raise Missing('; '.join(lacking))
             found.append((task, load(task, config)))
         except Missing as error:
-            skipped[task.name] = str(error) if lacking else f'{error}; to be had at {task.home}'
+            skipped[task.name] = str(error) if lacking else f'{error}; download it from {task.home}'
             say(f'{task.name} is left out: {skipped[task.name]}')
     if not found:
         raise UserError(f'No task could be run: {"; ".join(f"{name}: {why}" for name, why in skipped.items())}.')

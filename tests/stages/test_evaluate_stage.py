@@ -183,7 +183,7 @@ def test_what_cannot_be_run_is_listed(model, benchmarks, tmp_path, capsys):
     assert 'humaneval is left out: it runs programs that the model wrote: allow that with --run_generated_code' in said
     assert 'toxigen is left out: it needs a classifier: --toxicity=DIR' in said and '| mmlu | 5 |' in said
     config = EvaluateConfig(model, ('math', 'quac'), str(tmp_path), str(tmp_path / 'b'))
-    with pytest.raises(UserError, match=r'No task could be run: math: no MATH/test.* below .*; to be had at https'):
+    with pytest.raises(UserError, match=r'No task could be run: math: no MATH/test.* below .*; download it from https'):
         evaluate.run(config)
 
 
