@@ -111,7 +111,7 @@ def test_the_format_is_each_files_own(read, tmp_path):
         ([{'prompt': 'a', 'output': ''}], r':1: messages\[1\] \(assistant\) has empty content\.'),
         ([{'prompt': 'a', 'output': 7}], r':1: messages\[1\] \(assistant\) has no text content\.'),
         ([{'messages': turns('a', 'b', '[INST]', 'd')}], r':1: a message holds a tag of the chat format \(\[INST\], '),
-        ([{'messages': turns('a', '\ud800')}], r':1: messages\[1\] holds a lone surrogate'),
+        ([{'messages': turns('a', '\ud800')}], r':1.* holds a lone surrogate'),
         (
             [{'messages': turns('a', 'b') * 2 + turns('c', 'd')[1:]}],
             r":1: messages\[4\] has the role 'assistant' where 'user' is",
