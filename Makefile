@@ -53,8 +53,8 @@ slow: $(VENV)/tests  ## the slow tests: real sizes compiled for TPU pods, wide l
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m slow
 
 # What shows that a line of versions works: the model, its meshes, its files, sampling, PPO, the package, the TPU compiler.
-CORE := tests/test_parity.py tests/test_sharding.py tests/train/test_checkpoint.py tests/model/test_engine.py \
-  tests/stages/test_ppo_stage.py tests/test_package.py tests/test_aot.py
+CORE := tests/test_parity.py tests/test_sharding.py tests/train/test_checkpoint.py tests/inference/test_engine.py \
+  tests/rl/test_ppo_stage.py tests/test_package.py tests/test_aot.py
 
 core: $(VENV)/tests  ## the tests of the core alone: `make core VENV=.venv-3.13 PYTHON=python3.13` tries other versions
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CORE)

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from llama2_jax.inference.open import open_engine
 
 from llama2_jax.evals.answers import extract_number
 from llama2_jax.evals.ask import encode_pairs
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Example
 from llama2_jax.evals.tasks import TASKS
-from llama2_jax.model.engine import Engine
+from llama2_jax.inference.engine import Engine
 from llama2_jax.runtime import start
 from llama2_jax.stages.evaluate import spread
-from llama2_jax.stages.generate import open_engine
 
 MODEL = flags.DEFINE_string('model', None, 'A model of any format.', required=True)
 DATA_DIR = flags.DEFINE_string('data_dir', None, 'Holds mmlu and gsm8k.', required=True)

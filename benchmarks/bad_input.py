@@ -262,9 +262,9 @@ def make_model(path: Path) -> None:
     """A model of a few parameters, with a tokenizer of its own."""
     import jax
 
+    from llama2_jax import toy
+    from llama2_jax.checkpoints.directory import save_model
     from llama2_jax.config import ModelConfig
-    from llama2_jax.convert.orbax import save_model
-    from llama2_jax.data import toy
     from llama2_jax.model.llama import Llama
     from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 

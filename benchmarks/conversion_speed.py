@@ -18,12 +18,12 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
+from llama2_jax.checkpoints.convert import bytes_of, convert
+from llama2_jax.checkpoints.formats.huggingface import write_huggingface
+from llama2_jax.checkpoints.load import open_model
+from llama2_jax.checkpoints.names import keys, shape
+from llama2_jax.checkpoints.source import Source
 from llama2_jax.config import MODELS, ModelConfig
-from llama2_jax.convert.huggingface import write_huggingface
-from llama2_jax.convert.load import open_model
-from llama2_jax.convert.names import keys, shape
-from llama2_jax.convert.source import Source
-from llama2_jax.convert.transfer import bytes_of, convert
 
 _LAYERS = flags.DEFINE_integer('layers', 4, 'Of the model.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', 'tokenizer.model', "LLaMA 2's, 32,000 pieces.")

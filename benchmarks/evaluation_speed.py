@@ -19,7 +19,7 @@ from absl import app, flags
 from llama2_jax.config import ModelConfig
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.tasks import TASKS
-from llama2_jax.model.engine import Engine
+from llama2_jax.inference.engine import Engine
 from llama2_jax.model.llama import Llama
 from llama2_jax.runtime import start
 from llama2_jax.text.template import PromptFormat

@@ -18,8 +18,8 @@ import transformers
 from absl import app, flags
 
 from llama2_jax.config import ModelConfig
+from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Llama
 
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'How often each case is timed.')

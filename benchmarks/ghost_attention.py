@@ -22,8 +22,8 @@ import ghost_attention  # noqa: E402 (its folder is no package)
 
 from llama2_jax import runtime  # noqa: E402
 from llama2_jax.data.constraints import read_constraints  # noqa: E402
-from llama2_jax.data.toy.oracle import Oracle  # noqa: E402
 from llama2_jax.stages import ghost, sft  # noqa: E402
+from llama2_jax.toy.oracle import Oracle  # noqa: E402
 
 _GHOST = flags.DEFINE_string(
     'ghost', None, 'Working directory of experiments/ghost_attention.py with its toy preset.', required=True

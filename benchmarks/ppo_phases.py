@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from absl import app, flags
+from llama2_jax.inference.open import open_engine
 
-from llama2_jax.stages.generate import open_engine
-from llama2_jax.stages.rollout import read_rollouts, sample_answers
+from llama2_jax.rl.rollout import read_rollouts, sample_answers
 from llama2_jax.train.metrics import read_metrics
 
 _RUN = flags.DEFINE_string('run', None, 'Workdir of the run.', required=True)

@@ -45,7 +45,7 @@ def ours(steps: int) -> dict[str, float]:
     from llama2_jax.config import ModelConfig
     from llama2_jax.mesh import MeshConfig, set_mesh
     from llama2_jax.stages import pretrain
-    from llama2_jax.stages.devices import to_mesh
+    from llama2_jax.train.devices import to_mesh
 
     model = ModelConfig(VOCABULARY, DIM, LAYERS, HEADS, HEADS, DIM // HEADS, HIDDEN, LENGTH)
     config = pretrain.PretrainConfig(model=model, batch_size=BATCH, length=LENGTH)

@@ -17,10 +17,10 @@ from absl import app, flags
 from etils.epath import Path
 
 from llama2_jax.data.prompts import PromptConfig
-from llama2_jax.model.engine import Sample
-from llama2_jax.stages import generate, rejection
-from llama2_jax.stages.rejection import RejectionConfig
-from llama2_jax.stages.rollout import Rewards, RewardsConfig
+from llama2_jax.inference.engine import Sample
+from llama2_jax.rl import rejection
+from llama2_jax.rl.rejection import RejectionConfig
+from llama2_jax.rl.rollout import Rewards, RewardsConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 
 ANSWERS = flags.DEFINE_multi_integer('answers', [1_000, 100_000], 'How many, in turn.')
@@ -57,7 +57,7 @@ def measure(answers: int) -> float:
         Path(home, 'prompts.jsonl').write_text('\n'.join(rows))
         tokenizer = train_tokenizer(['What is this? abc defg'] * 20, Path(home, 'tokenizer.model'), 280)
         stand = Stand(tokenizer)
-        generate.open_engine = lambda *_: stand
+        rejection.open_engine = lambda *_: stand
         rejection.open_rewards = lambda config, tokenizer: Rewards(stand, stand, config, tokenizer)
         config = RejectionConfig(
             rewards=RewardsConfig('help', 'safe'),

@@ -14,7 +14,7 @@ from absl import app, flags
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from llama2_jax.convert.load import open_model, tokenizer_of
+from llama2_jax.checkpoints.load import open_model, tokenizer_of
 from llama2_jax.data.comparisons import Comparison, read_comparisons
 from llama2_jax.data.preferences import PreferenceConfig, encode
 from llama2_jax.evals.preference import share, text

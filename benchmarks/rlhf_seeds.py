@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.stages.rlhf import rate, table
-from llama2_jax.stages.rollout import by_oracle, read_rollouts
+from llama2_jax.rl.rollout import by_oracle, read_rollouts
+from llama2_jax.rl.versions import rate, table
+from llama2_jax.toy.oracle import Oracle
 
 _INIT_FROM = flags.DEFINE_string('init_from', None, 'The toy chat model to begin with.', required=True)
 _HELPFULNESS = flags.DEFINE_string('helpfulness', None, 'The helpfulness reward model.', required=True)

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from llama2_jax.config import MODELS, UserError, override
+from llama2_jax.inference.plan import compile_step
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.stages import generate, ppo_plan, reward, sft
+from llama2_jax.planning import aot
+from llama2_jax.rl import ppo_plan
 from llama2_jax.stages import pretrain as pretraining
-from llama2_jax.train import aot
+from llama2_jax.stages import reward, sft
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'experiments'))
@@ -133,9 +135,7 @@ def decoding(cell: Cell) -> Figures:
     """A step of decoding with 4,096 places of cache for each sequence."""
     int8, batch_size = 'int8' in cell.settings, int(cell.settings[-1].removeprefix('batch_size='))
     model = MODELS[cell.preset]
-    report, bound = generate.compile_step(
-        model, decoding_mesh(model, aot.topology_devices(cell.topology)), batch_size, 4096, int8
-    )
+    report, bound = compile_step(model, decoding_mesh(model, aot.topology_devices(cell.topology)), batch_size, 4096, int8)
     report.check()
     return of_step(report) | {'batch_size': batch_size, 'int8': int8, 'bound': bound}
 

@@ -6,10 +6,10 @@ python experiments/chat.py --model=Llama-2-7b-chat-hf --int8 --system='Answer in
 
 from absl import flags
 from common import tool
+from llama2_jax.inference.open import open_engine
 
 from llama2_jax.runtime import say
 from llama2_jax.stages import chat
-from llama2_jax.stages.generate import open_engine
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
 SYSTEM = flags.DEFINE_string('system', '', 'System message.')

@@ -9,8 +9,8 @@ import sft as chat
 from common import stage
 from etils.epath import Path
 
-from llama2_jax.stages import collect
-from llama2_jax.stages.collect import CollectConfig
+from llama2_jax.rl import collect
+from llama2_jax.rl.collect import CollectConfig
 
 
 def tiny() -> CollectConfig:

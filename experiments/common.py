@@ -11,9 +11,9 @@ import llama2_jax.memory  # noqa: F401 - before anything large is imported
 from llama2_jax import runtime
 from llama2_jax.config import UserError, nearest, override
 from llama2_jax.files import check_writable
-from llama2_jax.stages.inputs import check_inputs
-from llama2_jax.train.aot import TOPOLOGIES
-from llama2_jax.train.workdir import ResumeConfig, resuming
+from llama2_jax.inputs import check_inputs
+from llama2_jax.planning.aot import TOPOLOGIES
+from llama2_jax.runtime.workdir import ResumeConfig, resuming
 
 Presets = Mapping[str, Callable[[], Any]]
 

@@ -10,11 +10,11 @@ import sft as chat
 from common import stage
 from etils.epath import Path
 
-from llama2_jax.convert.orbax import is_saved
+from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.runtime import say
-from llama2_jax.stages import distill
-from llama2_jax.stages.distill import DistillConfig
+from llama2_jax.safety import context_distillation
+from llama2_jax.safety.context_distillation import DistillConfig
 
 
 def tiny() -> DistillConfig:
@@ -87,7 +87,7 @@ PRESETS = {
 def run(config: DistillConfig, workdir: str) -> None:
     """Distils; what is not given is made in WORKDIR/models first: a toy model that is naive, and a safety reward model."""
     if not config.prompts.startswith('toy:'):
-        distill.run(config, workdir)
+        context_distillation.run(config, workdir)
         return
     home = Path(workdir) / 'models'
     model = config.model or chat.toy_model(home, 'naive', chat.tiny_naive())
@@ -97,7 +97,7 @@ def run(config: DistillConfig, workdir: str) -> None:
         if not is_saved(safety):
             say(f'No safety= is given: a reward model of the toy world is trained in {home / "rm-safety"} first.')
             reward_model.run(dataclasses.replace(reward_model.tiny_safety(), init_from=model), str(home / 'rm-safety'))
-    distill.run(dataclasses.replace(config, model=model, safety=safety), workdir)
+    context_distillation.run(dataclasses.replace(config, model=model, safety=safety), workdir)
 
 
 if __name__ == '__main__':

@@ -15,13 +15,13 @@ from absl import flags
 from common import tool
 from tqdm import tqdm
 
+from llama2_jax.checkpoints.convert import FORMS, bytes_of, compare, convert
+from llama2_jax.checkpoints.formats.llamacpp import QUANTISED
+from llama2_jax.checkpoints.formats.peft import with_adapter
+from llama2_jax.checkpoints.load import open_model
+from llama2_jax.checkpoints.source import DTYPES
+from llama2_jax.checkpoints.verify import against_transformers
 from llama2_jax.config import UserError
-from llama2_jax.convert.llamacpp import QUANTISED
-from llama2_jax.convert.load import open_model
-from llama2_jax.convert.peft import with_adapter
-from llama2_jax.convert.source import DTYPES
-from llama2_jax.convert.transfer import FORMS, bytes_of, compare, convert
-from llama2_jax.convert.verify import against_transformers
 from llama2_jax.files import check_writable
 
 INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)

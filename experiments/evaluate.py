@@ -18,7 +18,7 @@ from common import tool
 
 from llama2_jax.config import UserError
 from llama2_jax.files import check_writable
-from llama2_jax.stages import evaluate, score, versus
+from llama2_jax.stages import evaluate, pairwise, score
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.')
 TASKS = flags.DEFINE_list('tasks', [], 'Names of tasks and groups, separated by commas; a wrong one lists them.')
@@ -67,7 +67,9 @@ def run() -> None:
     if VERSUS.value:
         if not PROMPTS.value or not JUDGE.value:
             raise UserError('--versus needs --prompts=SOURCE and --judge=reward_model:DIR, model:DIR or toy.')
-        versus.run(versus.VersusConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens', 'chat')))
+        pairwise.run(
+            pairwise.VersusConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens', 'chat'))
+        )
         return
     settings = given('data_dir', 'tfds', 'shots', 'samples', 'chat', 'run_generated_code')
     judges = given('toxicity', 'truth_judge', 'info_judge', 'safety_judge')

@@ -13,8 +13,11 @@ config.json, chat template or name says, and otherwise text to continue. A line 
 from absl import flags
 from common import compiles_only, tool
 
+from llama2_jax.checkpoints.fingerprint import identity
 from llama2_jax.config import UserError
 from llama2_jax.files import check_writable
+from llama2_jax.inference import plan
+from llama2_jax.inference.open import open_engine
 from llama2_jax.runtime import say
 from llama2_jax.stages import generate
 from llama2_jax.text.printable import printable
@@ -44,7 +47,7 @@ LENGTH = flags.DEFINE_integer('length', 4096, 'With --dry_run: tokens in the cac
 def run() -> None:
     """Prints the continuations, or writes them to --output."""
     if compiles_only(DRY_RUN.value, TOPOLOGY.value):
-        print(generate.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value))
+        print(plan.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value))
         return
     if bool(PROMPTS.value) != bool(OUTPUT.value):
         raise UserError('--prompts and --output belong together: where the prompts are, and where results go.')
@@ -54,11 +57,9 @@ def run() -> None:
         check_writable('--output', OUTPUT.value, directory=False)
     names = ('max_new_tokens', 'num_samples', 'temperature', 'top_p', 'top_k', 'seed', 'stop')
     settings = {name: flags.FLAGS[name].value for name in names}
-    engine = generate.open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)
+    engine = open_engine(MODEL.value, BATCH_SIZE.value, INT8.value)
     if PROMPTS.value:
-        generate.run(
-            engine, PROMPTS.value, OUTPUT.value, settings, generate.identity(MODEL.value, INT8.value), LOGPROBS.value, CHAT.value
-        )
+        generate.run(engine, PROMPTS.value, OUTPUT.value, settings, identity(MODEL.value, INT8.value), LOGPROBS.value, CHAT.value)
         return
     prompts = PROMPT.value or ['']
     rows = [{'prompt': prompt} for prompt in prompts]

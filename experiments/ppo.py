@@ -12,8 +12,8 @@ from etils.epath import Path
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.llama import Compute
-from llama2_jax.stages import ppo, ppo_plan
-from llama2_jax.stages.ppo_update import PPOConfig
+from llama2_jax.rl import ppo, ppo_plan
+from llama2_jax.rl.ppo_update import PPOConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
 

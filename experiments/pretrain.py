@@ -8,14 +8,14 @@ import dataclasses
 from common import stage
 from etils.epath import Path
 
+from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.config import MODELS
-from llama2_jax.convert.orbax import is_saved
 from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.data.toy import GENRES
 from llama2_jax.model.llama import Compute
 from llama2_jax.runtime import say
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
+from llama2_jax.toy import GENRES
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 

@@ -10,13 +10,13 @@ import sft as chat
 from common import stage
 from etils.epath import Path
 
-from llama2_jax.convert.orbax import is_saved
+from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.prompts import PromptConfig
+from llama2_jax.rl import rejection
+from llama2_jax.rl.rejection import RejectionConfig
+from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.runtime import say
-from llama2_jax.stages import rejection
-from llama2_jax.stages.rejection import RejectionConfig
-from llama2_jax.stages.rollout import RewardsConfig
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig

@@ -6,7 +6,7 @@ python experiments/report.py --workdir=run
 from absl import flags
 from common import tool
 
-from llama2_jax.stages.report.page import write_report
+from llama2_jax.report.page import write_report
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'A workdir, or a directory with workdirs in it.', required=True)
 OUTPUT = flags.DEFINE_string('output', '', 'The file to write; by default WORKDIR/report.html.')

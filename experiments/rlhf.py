@@ -14,8 +14,8 @@ import reward_model
 from common import stage
 from etils.epath import Path
 
-from llama2_jax.stages import rlhf
-from llama2_jax.stages.rlhf import RlhfConfig
+from llama2_jax.rl import versions
+from llama2_jax.rl.versions import RlhfConfig
 
 
 def tiny() -> RlhfConfig:
@@ -108,7 +108,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
     policy, rewards = rejection_sampling.beginnings(
         config.init_from, config.rewards, config.ppo.prompts, Path(workdir) / 'models'
     )
-    rlhf.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
+    versions.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
 
 
 if __name__ == '__main__':

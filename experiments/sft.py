@@ -9,7 +9,7 @@ import pretrain as base
 from common import stage
 from etils.epath import Path
 
-from llama2_jax.convert.orbax import is_saved
+from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.model.llama import Compute

@@ -69,7 +69,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Says of a text field of a config what it names, so that `stages/inputs.py` can check it before a run begins.
+    """Says of a text field of a config what it names, so that `inputs.py` can check it before a run begins.
 
     Attributes:
       kind: a model, one source of rows or texts, a mixture of sources, or a directory that holds a file.

@@ -1,8 +1,10 @@
 """Every test sees eight CPU devices, whatever the machine has, and JAX at its strictest."""
 
 import os
+import subprocess
 import tempfile
 import threading
+from collections import namedtuple
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'  # or it would ask Google over gRPC what kind of bucket it is
@@ -24,7 +26,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from bucket import Bucket  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
+from random_policy import DEVICES  # noqa: E402
+
+from llama2_jax import inputs  # noqa: E402
+from llama2_jax.mesh import MeshConfig, make_mesh  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -63,3 +70,53 @@ def no_mesh_left():
     yield
     if not jax.sharding.get_abstract_mesh().empty:
         jax.set_mesh(Mesh(np.empty((), object), ()))
+
+
+@pytest.fixture
+def any_name(monkeypatch):
+    """Every name is that of a model, `s` of a reward model; all have one tokenizer."""
+    source, kept = namedtuple('Source', 'head'), namedtuple('Kept', 'model')
+    monkeypatch.setattr(inputs, 'open_model', lambda name: source('score_D' if name == 's' else 'head_DV'))
+    monkeypatch.setattr(inputs, 'tokenizer_of', lambda _: kept(b''))
+
+
+@pytest.fixture
+def mesh():
+    """Each stage sets a mesh for its process; here the next test must not see it."""
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        yield jax.sharding.get_mesh()
+
+
+@pytest.fixture(scope='module')
+def one_device():
+    """Eight faked devices take turns on a few cores; most tests of long stages need none of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *platform: DEVICES(*platform)[:1])
+        yield
+
+
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+    """Every run of a stage compiles its programs; here all but the first find them."""
+    settings = {
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('jit')),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, full when that is written."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk], capture_output=True).returncode:
+        pytest.skip('mounting a small file system is not allowed here')
+    yield disk
+    subprocess.run(['umount', disk], check=True)

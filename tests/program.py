@@ -49,7 +49,7 @@ def trained(segments, mask_documents):
 
 def write_text(path):
     """Some toy documents: 40 kB."""
-    from llama2_jax.data import toy
+    from llama2_jax import toy
 
     documents, size = [], 0
     for document in toy.documents(toy.GENRES[0]):

@@ -17,17 +17,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama2_jax.config import MODELS, ModelConfig
+from llama2_jax.inference import decode, likelihood
+from llama2_jax.inference.scorer import SHORTEST, scoring
+from llama2_jax.inference.slots import PIECES, shards
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh, parameter_spec, spec
-from llama2_jax.model import decode, likelihood, lora
+from llama2_jax.model import lora
 from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.model.score import ScoreModel
-from llama2_jax.model.scorer import SHORTEST, scoring
-from llama2_jax.model.slots import PIECES, shards
+from llama2_jax.model.reward import ScoreModel
+from llama2_jax.planning import aot
+from llama2_jax.rl import ppo_update as ppo
 from llama2_jax.runtime import compiler_options
-from llama2_jax.stages import ppo_update as ppo
 from llama2_jax.stages import pretrain, reward, sft
-from llama2_jax.stages.devices import abstract_batch
-from llama2_jax.train import aot
+from llama2_jax.train.devices import abstract_batch
 from llama2_jax.train.optimizer import make_optimizer
 from llama2_jax.train.step import init_state
 
@@ -105,14 +106,14 @@ COVERED: set[str] = set()
 
 # jax.jit whose programs need no entry: they hold no kernel and no product of matrices, or run on the host's CPU only.
 EXEMPT = {
-    'llama2_jax.convert.load.load_tree.load': 'zeros',
-    'llama2_jax.convert.load._set_layer': 'a copy',
-    'llama2_jax.convert.peft.write_peft': 'a copy',
+    'llama2_jax.checkpoints.load.load_tree.load': 'zeros',
+    'llama2_jax.checkpoints.load._set_layer': 'a copy',
+    'llama2_jax.checkpoints.formats.peft.write_peft': 'a copy',
     'llama2_jax.train.checkpoint._sums_of_bits': 'sums',
-    'llama2_jax.convert.verify.against_transformers': 'compares with PyTorch in float32, on the host',
-    'llama2_jax.convert.transfer.compare.logits': 'compares two models in float32, on the host',
-    'llama2_jax.stages.ppo_plan.learning': 'the dry run of scorer.scoring',
-    'llama2_jax.stages.generate.compile_step': 'the dry run of decode.decode',
+    'llama2_jax.checkpoints.verify.against_transformers': 'compares with PyTorch in float32, on the host',
+    'llama2_jax.checkpoints.convert.compare.logits': 'compares two models in float32, on the host',
+    'llama2_jax.rl.ppo_plan.learning': 'the dry run of scorer.scoring',
+    'llama2_jax.inference.plan.compile_step': 'the dry run of decode.decode',
 }
 
 
@@ -121,7 +122,7 @@ def program(*covers: str) -> Callable[[Entry], Entry]:
 
     def add(entry: Entry) -> Entry:
         PROGRAMS[entry.__name__] = entry
-        if covers[0].startswith(('model.decode', 'model.likelihood')):
+        if covers[0].startswith(('inference.decode', 'inference.likelihood')):
             DECODING.add(entry.__name__)
         COVERED.update(f'llama2_jax.{name}' for name in covers)
         return entry
@@ -205,7 +206,7 @@ def adapters(target: Target) -> tuple[lora.LoraConfig, Any]:
     return config, jax.eval_shape(lambda: lora.make_adapters(target.model, config, jax.random.key(0)))
 
 
-@program('stages.sft.run.init', 'stages.ppo_setup.begin')
+@program('stages.sft.run.init', 'rl.ppo_setup.begin')
 def first_adapters(target: Target) -> Call:
     make = partial(lora.make_adapters, target.model, sft_presets.lora_7b().lora)
     return Call(jax.jit(make), (jax.eval_shape(lambda: jax.random.key(0)),), target.mesh)
@@ -256,12 +257,12 @@ def scores(target: Target, length: int) -> Call:
     return Call(scoring(target.compute), (target.model_of(ScoreModel), tokens, last), target.mesh)
 
 
-@program('model.scorer.scoring.score')
+@program('inference.scorer.scoring.score')
 def score_short_rows(target: Target) -> Call:
     return scores(target, SHORTEST)
 
 
-@program('model.scorer.scoring.score')
+@program('inference.scorer.scoring.score')
 def score_long_rows(target: Target) -> Call:
     return scores(target, target.model.context)
 
@@ -289,27 +290,27 @@ def learning(target: Target, program: str, **settings: Any) -> Call:
     return Call(programs.update, (programs.abstract, (reference if config.lora.rank else None, minibatch)), target.mesh)
 
 
-@program('stages.ppo_update.build')
+@program('rl.ppo_update.build')
 def ppo_init(target: Target) -> Call:
     return learning(target, 'init')
 
 
-@program('stages.ppo_update.build')
+@program('rl.ppo_update.build')
 def ppo_prepare(target: Target) -> Call:
     return learning(target, 'prepare')
 
 
-@program('stages.ppo_update.build')
+@program('rl.ppo_update.build')
 def ppo_update(target: Target) -> Call:
     return learning(target, 'update')
 
 
-@program('stages.ppo_update.build')
+@program('rl.ppo_update.build')
 def grpo_prepare(target: Target) -> Call:
     return learning(target, 'prepare', advantages='grpo', samples=4)
 
 
-@program('stages.ppo_update.build')
+@program('rl.ppo_update.build')
 def ppo_update_of_adapters(target: Target) -> Call:
     return learning(target, 'update', lora=sft_presets.lora_7b().lora)
 
@@ -344,12 +345,12 @@ def prefilling(target: Target, length: int, fresh: bool) -> Call:
     return Call(decode.programs(target.devices[0])[0], arguments, target.decoding, {'fresh': fresh}, decodes=True)
 
 
-@program('model.decode.programs')
+@program('inference.decode.programs')
 def prefill_first_piece(target: Target) -> Call:
     return prefilling(target, PIECES[0], fresh=True)
 
 
-@program('model.decode.programs')
+@program('inference.decode.programs')
 def prefill_later_piece(target: Target) -> Call:
     return prefilling(target, PIECES[-1], fresh=False)
 
@@ -359,36 +360,36 @@ def decoding(target: Target, int8: bool) -> Call:
     return Call(decode.programs(target.devices[0])[1], (*held(target, int8), int32(), int32()), target.decoding, decodes=True)
 
 
-@program('model.decode.programs')
+@program('inference.decode.programs')
 def decode_tokens(target: Target) -> Call:
     return decoding(target, int8=False)
 
 
-@program('model.decode.programs')
+@program('inference.decode.programs')
 def decode_tokens_int8(target: Target) -> Call:
     return decoding(target, int8=True)
 
 
-@program('model.decode.kept')
+@program('inference.decode.kept')
 def keep_decoded(target: Target) -> Call:
     _, cache, rows = held(target)
     _, recent, _ = held(target, places=decode.CHUNK)
     return Call(decode.kept, (cache, recent, rows), target.decoding)
 
 
-@program('model.decode.copied')
+@program('inference.decode.copied')
 def copy_rows(target: Target) -> Call:
     lines = 4 * shards(target.decoding)
     used = jax.ShapeDtypeStruct((lines,), bool)
     return Call(decode.copied, (held(target).cache, int32(lines), int32(lines), used), target.decoding)
 
 
-@program('model.decode.resized')
+@program('inference.decode.resized')
 def resize_cache(target: Target) -> Call:
     return Call(decode.resized, (held(target).cache,), target.decoding, {'places': 1024})
 
 
-@program('model.decode._finish')
+@program('inference.decode._finish')
 def lay_out_layers(target: Target) -> Call:
     sharding = NamedSharding(target.decoding, P(None, *parameter_spec('w_gate_DF')))
     shape = (target.model.layers, target.model.dim, target.model.hidden)
@@ -396,7 +397,7 @@ def lay_out_layers(target: Target) -> Call:
     return Call(decode._finish, (stack, 'w_gate_DF', True), target.decoding)
 
 
-@program('model.likelihood.programs')
+@program('inference.likelihood.programs')
 def likelihood_read(target: Target) -> Call:
     weights, cache, _ = held(target, places=64)
     rows = cache[0][0].shape[0]
@@ -405,7 +406,7 @@ def likelihood_read(target: Target) -> Call:
     return Call(read, (weights, cache, packed, int32(rows)), target.decoding, decodes=True)
 
 
-@program('model.likelihood.programs')
+@program('inference.likelihood.programs')
 def likelihood_pick(target: Target) -> Call:
     weights, cache, _ = held(target, places=64)
     rows = cache[0][0].shape[0]

@@ -16,14 +16,16 @@ from jax.sharding import PartitionSpec as P
 from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.data.prompts import PromptConfig
+from llama2_jax.inference.plan import compile_step
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Compute
+from llama2_jax.planning import aot
+from llama2_jax.planning.cost import read_program
+from llama2_jax.rl import ppo_plan
+from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.runtime import CHIPS, compiler_options
-from llama2_jax.stages import generate, ppo_plan, pretrain
-from llama2_jax.stages.ppo_update import PPOConfig
-from llama2_jax.stages.rollout import RewardsConfig
-from llama2_jax.train import aot
-from llama2_jax.train.schedule import read_program
+from llama2_jax.stages import pretrain
 
 SMALL = ModelConfig(vocab_size=1024, dim=256, layers=3, heads=2, kv_heads=1, head_dim=128, hidden=512, context=512)
 
@@ -271,7 +273,7 @@ def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
 def test_decoding_compiles_fits_and_gathers_no_weights(model, topology, batch_size, int8, times_the_bound):
     """With 4,096 tokens in each sequence's cache; the bound is to read weights and cache once."""
     mesh = decoding_mesh(MODELS[model], aot.topology_devices(topology))
-    report, bound = generate.compile_step(MODELS[model], mesh, batch_size, 4096, int8)
+    report, bound = compile_step(MODELS[model], mesh, batch_size, 4096, int8)
     report.check()
     weights = MODELS[model].parameters * (1 if int8 else 2) / mesh.size
     cache = 2 * MODELS[model].layers * MODELS[model].kv_heads * 128 * 2 * 4096 * batch_size / mesh.size

@@ -152,7 +152,7 @@ def test_the_readme_runs(tmp_path):
     for name in ('experiments', 'llama2_jax'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'corpus').mkdir()
-    from llama2_jax.data import toy
+    from llama2_jax import toy
 
     for genre in toy.GENRES:
         for number, document in zip(range(40), toy.documents(genre), strict=False):

@@ -16,7 +16,10 @@ EXPERIMENTS = sorted(path for path in (ROOT / 'experiments').glob('*.py') if pat
 # What each part of the package may import of the others; never its own users.
 BASE = {'config', 'files', 'text'}
 MACHINE = BASE | {'mesh', 'runtime'}
-MODEL = MACHINE | {'ops', 'model'}
+DATA = MACHINE | {'data', 'toy', 'safety'}
+TRAIN = MACHINE | {'ops', 'train', 'planning'}
+MODEL = TRAIN | {'model', 'checkpoints', 'inference'}
+STAGES = MODEL | DATA | {'evals', 'inputs', 'made_from', 'stages'}
 ALLOWED = {
     'config': set(),
     'cli': {'config'},
@@ -25,12 +28,20 @@ ALLOWED = {
     'mesh': BASE | {'runtime'},
     'runtime': BASE,
     'ops': MACHINE,
-    'model': MODEL,
-    'data': BASE | {'runtime'},
+    'planning': MACHINE,
     'train': MACHINE | {'ops'},
-    'convert': MODEL | {'train'},
-    'evals': MODEL | {'data'},
-    'stages': MODEL | {'data', 'train', 'convert', 'evals', 'stages'},
+    'model': MACHINE | {'ops'},
+    'checkpoints': TRAIN | {'model'},
+    'inference': MODEL,
+    'data': BASE | {'runtime', 'toy'},
+    'toy': {'data', 'safety', 'evals', 'inference', 'text'},
+    'evals': MODEL | {'data', 'toy'},
+    'inputs': MODEL | {'data'},
+    'made_from': MODEL | {'data'},
+    'stages': STAGES,
+    'safety': STAGES | {'rl'},
+    'rl': STAGES | {'rl'},
+    'report': BASE | {'runtime', 'train'},
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 from huggingface import from_theirs, random_pair, to_theirs
 
 from llama2_jax.config import ModelConfig
+from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule

@@ -8,7 +8,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from programs import COVERED, DECODING, EXEMPT, PROGRAMS, Target, lower, on_mesh, options
 
-from llama2_jax.train import aot
+from llama2_jax.planning import aot
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_ATTENTION = ('_init', 'first_', 'merge', 'in_eight_bits')

@@ -20,14 +20,14 @@ import time
 import traceback
 from pathlib import Path
 
+from llama2_jax.checkpoints.convert import convert
+from llama2_jax.checkpoints.directory import save_model
+from llama2_jax.checkpoints.load import open_model, tokenizer_of
+from llama2_jax.checkpoints.names import keys
 from llama2_jax.config import UserError
-from llama2_jax.convert.load import open_model, tokenizer_of
-from llama2_jax.convert.names import keys
-from llama2_jax.convert.orbax import save_model
-from llama2_jax.convert.transfer import convert
 from llama2_jax.text.tokenizer import train_tokenizer
 
-sys.path.append(str(Path(__file__).parents[2] / 'tests/convert'))
+sys.path.append(str(Path(__file__).parents[2] / 'tests/checkpoints'))
 from small_models import MHA, random_model  # noqa: E402
 
 TARGETS = {  # name -> format and the file that is changed

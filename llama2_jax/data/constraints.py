@@ -5,7 +5,7 @@ import re
 from llama2_jax.config import UserError, nearest
 from llama2_jax.data.instructions import Kind, Kinds
 from llama2_jax.data.sources import read_records
-from llama2_jax.data.toy.instructions import KINDS
+from llama2_jax.toy.instructions import KINDS
 
 # The paper's three kinds.
 WORDINGS = {

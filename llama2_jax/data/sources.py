@@ -10,7 +10,9 @@ import collections
 import dataclasses
 import glob
 import hashlib
+import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +121,7 @@ class Part:
           UserError: a row without text, if there are more than `tally` allows (by default none).
         """
         if self.kind == 'toy':
-            from llama2_jax.data import toy
+            from llama2_jax import toy
 
             if self.names[0] in toy.RECORDS:
                 raise UserError(f'Source toy:{self.names[0]} holds records, not documents.')
@@ -144,7 +146,7 @@ class Part:
         """
         name = self.names[0]
         if self.kind == 'toy':
-            from llama2_jax.data import toy
+            from llama2_jax import toy
 
             if name not in toy.RECORDS:
                 raise UserError(f'Source toy:{name} holds documents, not records; {nearest(name, toy.RECORDS)}')
@@ -247,7 +249,7 @@ def _split_files(kind: str, pattern: str) -> list[Part]:
 
 
 def _split_toy(kind: str, name: str) -> list[Part]:
-    from llama2_jax.data import toy
+    from llama2_jax import toy
 
     if name != 'documents' and name not in toy.GENRES and name not in toy.RECORDS:
         raise UserError(f'Source {kind}:{name}: {nearest(name, ("documents", *toy.GENRES, *toy.RECORDS))}')
@@ -438,3 +440,15 @@ def _plain(value: Any) -> Any:
     if hasattr(value, 'tolist'):  # numpy
         return _plain(value.tolist())
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def as_source(rows: str) -> str:
+    """A source of rows, or the path of a file of rows as one."""
+    if re.match(r'(toy|rows|jsonl|arrayrecord|tfds):', rows):
+        return rows
+    return f'jsonl:{glob.escape(rows) if Path(rows).exists() else rows}'  # a file's own name may hold [ or *
+
+
+def rows_fingerprint(rows: list[tuple[Any, str]]) -> int:
+    """A number that changes with rows (content, where)."""
+    return zlib.crc32(json.dumps([row for row, _ in rows], sort_keys=True, default=str).encode())

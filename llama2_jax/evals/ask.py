@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llama2_jax.evals.task import Example, Task
-from llama2_jax.model.engine import Engine, Request
+from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.text.dialog import encode_prompt, encode_question
 from llama2_jax.text.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from llama2_jax.config import UserError
 from llama2_jax.data.instructions import Instruction
-from llama2_jax.data.toy import instructions as toy
 from llama2_jax.evals.talk import hold
-from llama2_jax.model.engine import Engine
+from llama2_jax.inference.engine import Engine
+from llama2_jax.toy import instructions as toy
 
 TURNS = (2, 4, 6, 20)  # the paper's
 

@@ -15,7 +15,7 @@ from llama2_jax.data.comparisons import RATINGS, read_comparisons
 from llama2_jax.data.preferences import UNKNOWN, Pair, encode
 from llama2_jax.evals.measure import wilson
 from llama2_jax.files import save_figure
-from llama2_jax.model.scorer import Scorer
+from llama2_jax.inference.scorer import Scorer
 
 UNSAFE, GATE = 0.5, 0.15  # scores (sigmoids) below which an answer counts as unsafe: p53 Table 29, and PPO's gate (p15)
 ALARMS = 0.01  # share of the safe answers that a threshold may take for unsafe ones

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llama2_jax.model.engine import Engine, Request
+from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.text.dialog import encode_prompt, fit_dialog, has_special_tags
 
 

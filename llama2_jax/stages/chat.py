@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from llama2_jax.config import UserError
-from llama2_jax.model.engine import Engine, Request, Sample
+from llama2_jax.inference.engine import Engine, Request, Sample
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, fit_dialog, has_special_tags
 from llama2_jax.text.printable import printable
 

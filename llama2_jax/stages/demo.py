@@ -6,8 +6,8 @@ from typing import Any
 
 from etils.epath import Path
 
+from llama2_jax import toy
 from llama2_jax.config import UserError
-from llama2_jax.data import toy
 from llama2_jax.files import read_json, write_atomically
 from llama2_jax.runtime import say
 from llama2_jax.text.printable import printable

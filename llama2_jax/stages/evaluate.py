@@ -11,22 +11,22 @@ import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
+from llama2_jax.checkpoints.fingerprint import fingerprint, identity
+from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import Config, UserError, between
-from llama2_jax.convert.fingerprint import fingerprint
-from llama2_jax.convert.load import open_model
 from llama2_jax.data import sources
 from llama2_jax.evals import report
 from llama2_jax.evals.ask import Asker
 from llama2_jax.evals.files import Files, Missing
+from llama2_jax.evals.judges import WANTED, Helper, make_helpers
 from llama2_jax.evals.measure import by_group, counts, means, shares
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
 from llama2_jax.files import locate, make_directory, read_json, write_atomically
+from llama2_jax.inference.open import open_engine
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages.generate import check_settings, identity, open_engine
-from llama2_jax.stages.graders import WANTED, Helper, make_helpers
-from llama2_jax.stages.rows import growing, resume_rows
+from llama2_jax.runtime.jsonl import check_settings, growing, resume_rows
 from llama2_jax.text.printable import printable
 
 GRADERS = 2  # counts up with every change of what graders or results mean: older results are not continued
@@ -48,7 +48,7 @@ class EvaluateConfig(Config):
       chat: whether the chat format is used; None: if the model says that it chats.
       tfds: sets that are not in data_dir are read through TensorFlow Datasets.
       run_generated_code: in the sandbox.
-      toxicity, truth_judge, info_judge, safety_judge: directories of classifiers and judges (`stages.graders`).
+      toxicity, truth_judge, info_judge, safety_judge: directories of classifiers and judges (`evals.judges`).
     """
 
     model: str

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from etils.epath import Path
 from tqdm import tqdm
 
+from llama2_jax import made_from
 from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
 from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
 from llama2_jax.data.instructions import Kinds, draw, word
@@ -20,15 +21,15 @@ from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.evals.ghost import TURNS, Grader, Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
 from llama2_jax.files import write_atomically
-from llama2_jax.model.engine import Engine, Request
+from llama2_jax.inference.engine import Engine, Request
+from llama2_jax.inference.open import open_engine
+from llama2_jax.inputs import check_inputs
 from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.stages import made_from, sft
-from llama2_jax.stages.generate import open_engine
-from llama2_jax.stages.inputs import check_inputs
-from llama2_jax.stages.rows import add_rows, resume_rows
+from llama2_jax.runtime.jsonl import add_rows, resume_rows
+from llama2_jax.runtime.workdir import open_run, record_inputs
+from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.train.workdir import open_run, record_inputs
 
 MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
 

@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
-from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig, PretrainData
+from llama2_jax.evals.validation import make_evaluate, make_sample, say_heldout
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.planning import aot
 from llama2_jax.runtime import barrier, chip_of, compiler_options, say
 from llama2_jax.runtime.hosts import DAY
-from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.stages.heldout import make_evaluate, make_sample, say_heldout
+from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.tokenizer import open_tokenizer
-from llama2_jax.train import aot
+from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
-from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = (

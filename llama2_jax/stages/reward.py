@@ -12,32 +12,32 @@ from etils.epath import Path
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama2_jax import made_from
+from llama2_jax.checkpoints.directory import save_model
+from llama2_jax.checkpoints.load import load_model, load_score_model, open_model, shape_of, tokenizer_of
 from llama2_jax.config import SEED, AnyModel, Config, ModelConfig, Names, UserError, between
-from llama2_jax.convert.load import load_model, load_score_model, open_model, shape_of, tokenizer_of
-from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import UNKNOWN, PreferenceConfig, PreferenceData
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.evals.measure import wilson
 from llama2_jax.files import write_atomically
+from llama2_jax.inference.scorer import Scorer
+from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh
 from llama2_jax.model.llama import Compute
-from llama2_jax.model.score import ScoreModel, scores_at, with_score
-from llama2_jax.model.scorer import Scorer
+from llama2_jax.model.reward import ScoreModel, scores_at, with_score
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
+from llama2_jax.planning import aot
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
-from llama2_jax.stages import made_from
-from llama2_jax.stages.devices import check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.stages.inputs import check_inputs
+from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.text.dialog import encode_dialog
 from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train import aot
+from llama2_jax.train.devices import check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from etils.epath import Path
 from tqdm import tqdm
 
+from llama2_jax.checkpoints.fingerprint import identity
 from llama2_jax.config import UserError
 from llama2_jax.data.schemas import read_dialogs
-from llama2_jax.data.sources import read_records
+from llama2_jax.data.sources import as_source, read_records, rows_fingerprint
 from llama2_jax.evals import preference
 from llama2_jax.files import make_directory, write_atomically
+from llama2_jax.inference.open import open_scorer
 from llama2_jax.runtime import is_main_process, say
-from llama2_jax.stages.generate import as_source, identity, open_scorer, resume, rows_fingerprint
-from llama2_jax.stages.rows import growing
+from llama2_jax.runtime.jsonl import growing, resume
 from llama2_jax.text.dialog import encode_dialog
 
 CHUNK = 16  # batches that are scored, then written

@@ -12,34 +12,34 @@ import jax.numpy as jnp
 from etils.epath import Path
 from jax.sharding import Mesh
 
+from llama2_jax import made_from
+from llama2_jax.checkpoints.base_model import load_frozen, merge_on_host
+from llama2_jax.checkpoints.directory import is_saved, save_model
+from llama2_jax.checkpoints.formats.peft import write_peft
+from llama2_jax.checkpoints.load import load_model, open_model, shape_of, tokenizer_of
 from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, UserError, between
-from llama2_jax.convert.load import load_model, open_model, shape_of, tokenizer_of
-from llama2_jax.convert.orbax import is_saved, save_model
-from llama2_jax.convert.peft import write_peft
 from llama2_jax.data.dialogs import DialogConfig, DialogData
-from llama2_jax.evals import toy
+from llama2_jax.evals.validation import make_evaluate, say_heldout
 from llama2_jax.files import write_atomically
+from llama2_jax.inference.engine import Engine, Request
+from llama2_jax.inference.open import note_llama2
+from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
-from llama2_jax.model.engine import Engine, Request
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, adapt, in_eight_bits, make_adapters, merge
+from llama2_jax.planning import aot
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
-from llama2_jax.stages import made_from
-from llama2_jax.stages.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.stages.frozen import load_frozen, merge_on_host
-from llama2_jax.stages.generate import note_llama2
-from llama2_jax.stages.heldout import make_evaluate, say_heldout
-from llama2_jax.stages.inputs import check_inputs
+from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train import aot
+from llama2_jax.toy import answers
+from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
-from llama2_jax.train.workdir import open_run, record_inputs
 
 # What a resumed run may change, as no result depends on it beyond rounding.
 MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'merge', 'compute.remat', 'compute.attention')
@@ -281,7 +281,9 @@ def make_figures(
     heldout = make_evaluate(data, lambda params, batch: loss(frozen, params, to_mesh(batch, mesh)), config.eval_batches)
 
     def figures(state: State) -> dict[str, float]:
-        grades = toy.grade(Engine(merged(state.params), tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
+        grades = (
+            answers.grade(Engine(merged(state.params), tokenizer, batch_size=64, dtype=compute.dtype)) if config.grade else {}
+        )
         return (heldout(state) if heldout else {}) | grades
 
     return figures if heldout or config.grade else None

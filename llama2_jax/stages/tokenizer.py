@@ -7,14 +7,14 @@ from typing import Annotated
 from etils.epath import Path
 
 from llama2_jax import runtime
+from llama2_jax.checkpoints.directory import check_vocabulary
 from llama2_jax.config import Config, Names, UserError, between
-from llama2_jax.convert.orbax import check_vocabulary
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
 from llama2_jax.files import locate
 from llama2_jax.runtime import hosts
+from llama2_jax.runtime.workdir import open_workdir
 from llama2_jax.text.tokenizer import FILE_NAME, NoText, Tokenizer, train_tokenizer
-from llama2_jax.train.workdir import open_workdir
 
 SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
 

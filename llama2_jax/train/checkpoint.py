@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDevic
 from llama2_jax.config import UserError, nearest
 from llama2_jax.files import check_name, is_remote, locate
 from llama2_jax.runtime import barrier, is_main_process
-from llama2_jax.train.workdir import check_inputs, no_space_is_said, read_inputs
+from llama2_jax.runtime.workdir import check_inputs, no_space_is_said, read_inputs
 
 # An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
 # without reading what is not wanted.

@@ -23,9 +23,9 @@ from jax.experimental import multihost_utils
 from llama2_jax.config import Config, UserError, between
 from llama2_jax.files import locate
 from llama2_jax.runtime.hosts import Watch, expect_preemption
+from llama2_jax.runtime.workdir import no_space_is_said
 from llama2_jax.train.checkpoint import Checkpoints, Tree
 from llama2_jax.train.metrics import Meter, Progress, Report, lost_metrics
-from llama2_jax.train.workdir import no_space_is_said
 
 HELDOUT = 'heldout/loss'  # the evaluation that decides which checkpoint is best
 

@@ -198,7 +198,7 @@ def test_bad_arguments(make, tmp_path):
 
 def test_toy_world_by_default(make, tmp_path, monkeypatch):
     monkeypatch.setenv('LLAMA2_JAX_CACHE', str(tmp_path))
-    from llama2_jax.data import toy
+    from llama2_jax import toy
 
     monkeypatch.setattr(toy, 'documents', lambda genre, seed=0: iter([f'{genre} {i}' for i in range(20)]))
     data = PretrainData(DataConfig(), ByteTokenizer(), length=20, batch_size=8, seed=0, steps=10)

@@ -107,7 +107,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
 
 
 def test_toy_documents_are_all_genres():
-    from llama2_jax.data import toy
+    from llama2_jax import toy
 
     assert [part.names for part in sources.split('toy:documents')] == [(genre,) for genre in toy.GENRES]
     assert next(iter(read_documents(f'toy:{toy.GENRES[1]}'))) == next(iter(toy.documents(toy.GENRES[1])))

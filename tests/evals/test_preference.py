@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.preferences import Pair
 from llama2_jax.evals.preference import Judged, calibration, figures, share, table
 from llama2_jax.mesh import MeshConfig, make_mesh
-from llama2_jax.model.score import ScoreModel
+from llama2_jax.model.reward import ScoreModel
 from llama2_jax.stages.score import evaluate, score_file
 from llama2_jax.text.tokenizer import train_tokenizer
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama2_jax.checkpoints.formats.peft import write_peft
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.peft import write_peft
 from llama2_jax.mesh import MeshConfig, make_mesh, parameter_letters, replicate, reshard
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.lora import MATRICES, LoraConfig, adapt, in_eight_bits, make_adapters, merge, names

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llama2_jax.config import ModelConfig
+from llama2_jax.inference.slots import shards
 from llama2_jax.mesh import decoding_mesh, replicate, reshard
-from llama2_jax.model.slots import shards
 from llama2_jax.ops.attention import _largest_block, _padded, attention, attention_with_cache, implementation_for
 
 

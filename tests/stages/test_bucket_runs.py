@@ -9,13 +9,13 @@ from etils import epath
 from etils.epath import Path
 from test_pretrain_stage import config
 
+from llama2_jax.checkpoints.load import load_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.load import load_model
-from llama2_jax.model.engine import Engine
+from llama2_jax.inference.engine import Engine
+from llama2_jax.runtime.jsonl import add_rows, resume_rows
+from llama2_jax.runtime.workdir import open_run
 from llama2_jax.stages import generate, pretrain
-from llama2_jax.stages.rows import add_rows, resume_rows
 from llama2_jax.train.metrics import Report
-from llama2_jax.train.workdir import open_run
 
 pytestmark = [
     pytest.mark.usefixtures('mesh', 'one_device', 'compiled_once'),

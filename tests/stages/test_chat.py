@@ -5,13 +5,12 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from llama2_jax.config import UserError
-from llama2_jax.model.engine import Sample
+from llama2_jax.inference.engine import Sample
 from llama2_jax.stages import chat
 from llama2_jax.stages.chat import Chat
 from llama2_jax.text.template import PromptFormat

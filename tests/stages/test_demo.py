@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llama2_jax import toy
 from llama2_jax.config import UserError
-from llama2_jax.data import toy
 from llama2_jax.stages.demo import MEASURES, VERSIONS, summarise
 
 ROOT = Path(__file__).parents[2]

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from evals import published
 
+from llama2_jax import toy
+from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.orbax import save_model
-from llama2_jax.data import toy
-from llama2_jax.data.toy.oracle import Oracle
 from llama2_jax.evals.ask import Asker, encode_pairs
 from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Decoding, Example, Task, best, votes
+from llama2_jax.inference import likelihood
+from llama2_jax.inference.engine import Engine
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
-from llama2_jax.model import likelihood
-from llama2_jax.model.engine import Engine
 from llama2_jax.model.llama import Llama
-from llama2_jax.stages import evaluate, versus
+from llama2_jax.stages import evaluate, pairwise
 from llama2_jax.stages.evaluate import EvaluateConfig, spread
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama2_jax.toy.oracle import Oracle
 
 CONFIG = ModelConfig(vocab_size=300, dim=32, layers=2, heads=8, kv_heads=8, head_dim=8, hidden=64, context=256)
 TEXT = ['the hare and the tortoise ran a race, and the tortoise won it in the end. Answer: A B C D'] * 20
@@ -49,7 +49,7 @@ def engine(model):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch, engine):
     """The stage on one device; `test_neither_batch_nor_mesh_matters` is about others."""
-    for module in (evaluate, versus):
+    for module in (evaluate, pairwise):
         monkeypatch.setattr(module, 'open_engine', lambda *_, **__: engine)
 
 
@@ -221,8 +221,8 @@ def test_one_model_against_another(model, tmp_path):
     rows = [{'messages': [{'role': 'user', 'content': 'Where does Una live?'}]}, {'prompt': 'the hare'}]
     prompts = tmp_path / 'prompts.jsonl'
     prompts.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    config = versus.VersusConfig(model, model, str(prompts), f'model:{model}', str(tmp_path / 'out'), max_new_tokens=4)
-    shares = versus.run(config)
+    config = pairwise.VersusConfig(model, model, str(prompts), f'model:{model}', str(tmp_path / 'out'), max_new_tokens=4)
+    shares = pairwise.run(config)
     assert shares['tie']['share'] == 1 and shares['win']['interval'] == pytest.approx((0, 0.658), abs=1e-3)  # the same answers
     [first, _] = read(tmp_path / 'out' / 'verdicts.jsonl')
     assert first['model'] == first['versus'] and first['messages'] == rows[0]['messages']
@@ -230,22 +230,22 @@ def test_one_model_against_another(model, tmp_path):
 
 def test_a_judge_must_not_mind_the_order():
     pairs = [([], 'long answer', 'short'), ([], 'a', 'bb'), ([], 'same', 'same')]
-    assert versus.compare(lambda some: [len(a) - len(b) for _, a, b in some], pairs) == ['win', 'loss', 'tie']
-    assert versus.compare(lambda some: [1.0 for _ in some], pairs) == ['tie'] * 3
-    shares = versus.summarise(['win'] * 60 + ['tie'] * 20 + ['loss'] * 20)
+    assert pairwise.compare(lambda some: [len(a) - len(b) for _, a, b in some], pairs) == ['win', 'loss', 'tie']
+    assert pairwise.compare(lambda some: [1.0 for _ in some], pairs) == ['tie'] * 3
+    shares = pairwise.summarise(['win'] * 60 + ['tie'] * 20 + ['loss'] * 20)
     assert shares['win']['share'] == 0.6 and shares['win / (win + loss)']['share'] == 0.75
     low, high = shares['win']['interval']
     assert (low, high) == (pytest.approx(0.504, abs=0.02), pytest.approx(0.696, abs=0.02))
     for name, message in (('oracle', 'no such judge'), ('model', 'names nothing after')):
         with pytest.raises(UserError, match=message):
-            versus.make_judge(name)
+            pairwise.make_judge(name)
 
 
 def test_the_toy_oracle_judges():
     oracle = Oracle()
     row = next(row for row in toy.RECORDS['heldout']() if row['split'] == 'phrasings')
     perfect = oracle.perfect(oracle.understand(row['messages']))
-    assert versus.compare(versus.toy_judge, [(row['messages'], perfect, 'I do not know.')]) == ['win']
+    assert pairwise.compare(pairwise.toy_judge, [(row['messages'], perfect, 'I do not know.')]) == ['win']
 
 
 def test_files_are_found_wherever_they_lie(tmp_path):

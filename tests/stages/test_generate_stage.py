@@ -9,8 +9,9 @@ import pytest
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.files import Lines
+from llama2_jax.inference import plan
+from llama2_jax.inference.engine import Engine
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.engine import Engine
 from llama2_jax.model.llama import Llama
 from llama2_jax.stages import generate
 from llama2_jax.stages.chat import Chat
@@ -158,5 +159,5 @@ def test_an_answer_that_is_interrupted_counts(engine):
 
 
 def test_what_a_step_would_take():
-    shown = generate.dry_run('tiny', None, batch_size=8, length=128, int8=True)
+    shown = plan.dry_run('tiny', None, batch_size=8, length=128, int8=True)
     assert 'mesh             replica=2 × rows=2 × tensor=2' in shown and 'memory a chip' in shown and 'all-reduce' in shown

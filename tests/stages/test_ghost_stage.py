@@ -7,18 +7,18 @@ import random
 import jax
 import pytest
 
+from llama2_jax import made_from, toy
 from llama2_jax.config import UserError
-from llama2_jax.data import toy
 from llama2_jax.data.constraints import parse_list, read_constraints
 from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.instructions import Instruction
-from llama2_jax.data.toy.instructions import KINDS, dress, obeys, parse
 from llama2_jax.evals.ghost import Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
-from llama2_jax.model.engine import Sample
-from llama2_jax.stages import ghost, made_from
+from llama2_jax.inference.engine import Sample
+from llama2_jax.stages import ghost
 from llama2_jax.stages.ghost import GhostConfig, cut, ghost_dialog, plan
 from llama2_jax.text.tokenizer import train_tokenizer
+from llama2_jax.toy.instructions import KINDS, dress, obeys, parse
 
 TALKS = [tuple(f'Question {i} {turn}?' for turn in range(20)) for i in range(40)]
 ANSWER = 'It is so.'

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama2_jax.checkpoints.directory import save_model
+from llama2_jax.checkpoints.load import load_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.load import load_model
-from llama2_jax.convert.orbax import save_model
 from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
 from llama2_jax.model.llama import Llama

@@ -8,21 +8,21 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from llama2_jax.inference.open import open_scorer
 
+from llama2_jax.checkpoints.convert import convert
+from llama2_jax.checkpoints.directory import save_model
+from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.load import open_model
-from llama2_jax.convert.orbax import save_model
-from llama2_jax.convert.transfer import convert
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard
 from llama2_jax.model.llama import CPU, Llama
-from llama2_jax.model.score import ScoreModel
+from llama2_jax.model.reward import ScoreModel
 from llama2_jax.stages import reward
-from llama2_jax.stages.devices import to_mesh
-from llama2_jax.stages.generate import open_scorer
 from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.text.dialog import encode_dialog
 from llama2_jax.text.tokenizer import train_tokenizer
+from llama2_jax.train.devices import to_mesh
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig

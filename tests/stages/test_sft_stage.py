@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama2_jax import toy
+from llama2_jax.checkpoints.directory import save_model
+from llama2_jax.checkpoints.load import load_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.convert.load import load_model
-from llama2_jax.convert.orbax import save_model
-from llama2_jax.data import toy
 from llama2_jax.data.dialogs import DialogConfig, DialogData
-from llama2_jax.data.toy.oracle import Oracle
-from llama2_jax.evals.toy import grade
+from llama2_jax.inference.engine import Sample
 from llama2_jax.mesh import MeshConfig, make_mesh, shard_batch
-from llama2_jax.model.engine import Sample
 from llama2_jax.model.llama import CPU, Llama
 from llama2_jax.model.lora import LoraConfig
 from llama2_jax.stages import sft
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import train_tokenizer
+from llama2_jax.toy.answers import grade
+from llama2_jax.toy.oracle import Oracle
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig, schedule

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from llama2_jax import toy
 from llama2_jax.config import UserError
-from llama2_jax.data import toy
 from llama2_jax.stages import tokenizer as stage
 from llama2_jax.stages.tokenizer import TokenizerConfig
 from llama2_jax.text.tokenizer import Tokenizer

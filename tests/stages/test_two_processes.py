@@ -8,8 +8,8 @@ import program
 import pytest
 from random_policy import make_home
 
-from llama2_jax.convert.load import open_model
-from llama2_jax.convert.transfer import convert
+from llama2_jax.checkpoints.convert import convert
+from llama2_jax.checkpoints.load import open_model
 
 pytestmark = pytest.mark.slow
 

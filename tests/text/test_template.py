@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from llama2_jax.checkpoints.formats.tokenizer_json import make_tokenizer_json, spaces_of
 from llama2_jax.config import UserError
-from llama2_jax.convert.tokenizer_json import make_tokenizer_json, spaces_of
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.jinja import render
 from llama2_jax.text.template import LLAMA2_TEMPLATE, PromptFormat, foreign_format

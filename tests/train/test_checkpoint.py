@@ -9,8 +9,8 @@ import toy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama2_jax.config import UserError
+from llama2_jax.runtime.workdir import no_space_is_said, open_workdir
 from llama2_jax.train.checkpoint import Checkpoints, checksums, load_params, names, save_params, to_dict
-from llama2_jax.train.workdir import no_space_is_said, open_workdir
 
 NOISE = np.random.default_rng(0).normal(size=500_000).astype(np.float32)  # 2 MB that cannot be compressed
 STATE = {'w': jnp.asarray(NOISE[:1000].reshape(20, 50)), 'n': jnp.int32(7)}

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 from llama2_jax.config import UserError, nearest
 from llama2_jax.evals.task import Task
-from llama2_jax.evals.tasks import code, commonsense, exams, mathematics, mmlu, questions, safety, toy
+from llama2_jax.evals.tasks import code, commonsense, exams, mathematics, mmlu, questions, safety
+from llama2_jax.toy import task
 
-FAMILIES = (mmlu, mathematics, code, commonsense, questions, exams, safety, toy)
+FAMILIES = (mmlu, mathematics, code, commonsense, questions, exams, safety, task)
 TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
 PAPER: dict[str, tuple[str, ...]] = {  # Table 3; groups of several are means
     'code': ('humaneval', 'mbpp'),

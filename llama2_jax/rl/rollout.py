@@ -1,0 +1,222 @@
+"""Answers and what they are worth: prompts → samples → two rewards → the gate. Rejection sampling and PPO share it.
+
+A rollout is a line of JSON that people can read; written whole, it is read back exactly, so nothing that was sampled is lost.
+"""
+
+import dataclasses
+import html
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+
+from llama2_jax.config import Config, RewardModel, UserError, between
+from llama2_jax.data.prompts import Prompt
+from llama2_jax.files import write_atomically
+from llama2_jax.inference.engine import Engine, Request, Sample
+from llama2_jax.inference.open import open_scorer
+from llama2_jax.ops.returns import gate
+from llama2_jax.runtime import barrier, is_main_process
+from llama2_jax.runtime.workdir import no_space_is_said
+from llama2_jax.text.tokenizer import Tokenizer
+from llama2_jax.toy.answers import Verdict, verdict
+from llama2_jax.toy.oracle import Oracle
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig(Config):
+    """Two reward models, and how their scores become one (paper p15; recipe F.3).
+
+    Attributes:
+      helpfulness, safety: the reward models.
+      threshold: safety decides below this sigmoid of its score.
+      missing_eos_penalty: taken from the score of an answer that was cut off for its length; the paper has nothing of it.
+      batch_size: answers that are scored at a time.
+    """
+
+    helpfulness: RewardModel = ''
+    safety: RewardModel = ''
+    threshold: float = between(0.15, 1e-6, 1 - 1e-6)
+    missing_eos_penalty: float = 1.0
+    batch_size: int = between(64, 1)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Both reward models by option."""
+        return {'rewards.helpfulness': self.helpfulness, 'rewards.safety': self.safety}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """A prompt's answer and its scores.
+
+    Attributes:
+      prompt: what was asked.
+      text: of the answer.
+      token_ids: as they were sampled, EOS included where there is one.
+      logprobs: of each, as the engine says.
+      stop_reason: 'eos', or 'length' for an answer that was cut off.
+      helpfulness, safety: linear scores of the two models.
+      gated: whether safety's is the one that counts.
+      score: that one, less a penalty for a missing EOS.
+    """
+
+    prompt: Prompt
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    stop_reason: str
+    helpfulness: float
+    safety: float
+    gated: bool
+    score: float
+
+    @property
+    def ended(self) -> bool:
+        """Whether it stopped by itself."""
+        return self.stop_reason == 'eos'
+
+
+class Scores(Protocol):
+    """`inference.scorer.Scorer`, or something that stands in for one."""
+
+    tokenizer: Tokenizer
+
+    def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """A number for each row of token ids."""
+
+
+class Rewards:
+    """The two models together.
+
+    Args:
+      helpfulness, safety: they score the very ids that the policy read and drew.
+      config: how scores become one.
+      tokenizer: the policy's.
+
+    Raises:
+      UserError: a model has another tokenizer than the policy.
+    """
+
+    def __init__(self, helpfulness: Scores, safety: Scores, config: RewardsConfig, tokenizer: Tokenizer):
+        self._models, self._config = (helpfulness, safety), config
+        for name, model in (('helpfulness', helpfulness), ('safety', safety)):
+            if model.tokenizer.model != tokenizer.model:
+                raise UserError(f'rewards.{name}={getattr(config, name)} has another tokenizer than the policy.')
+
+    def __call__(self, answers: Iterable[tuple[Prompt, Sample]]) -> list[Rollout]:
+        """Scores the answers; each score depends on its own answer alone."""
+        answers = list(answers)
+        rows = [[*prompt.token_ids, *sample.token_ids] for prompt, sample in answers]
+        helpfulness, safety = (np.asarray(model.score(rows), np.float32) for model in self._models)
+        tags = np.array([prompt.is_safety for prompt, _ in answers], bool)
+        score, gated = (np.asarray(x) for x in gate(*map(jnp.asarray, (helpfulness, safety, tags)), self._config.threshold))
+        cut = np.array([sample.stop_reason == 'length' for _, sample in answers])
+        score = score - np.float32(self._config.missing_eos_penalty) * cut
+        columns = zip(answers, helpfulness.tolist(), safety.tolist(), gated.tolist(), score.tolist(), strict=True)
+        return [
+            Rollout(prompt, sample.text, sample.token_ids, sample.logprobs, sample.stop_reason, *scores)
+            for (prompt, sample), *scores in columns
+        ]
+
+
+def open_rewards(config: RewardsConfig, tokenizer: Tokenizer) -> Rewards:
+    """Both reward models on all devices, for a policy with this tokenizer.
+
+    Raises:
+      UserError: a model cannot be read, or has another tokenizer.
+    """
+    models = (open_scorer(model, config.batch_size) for model in (config.helpfulness, config.safety))
+    return Rewards(*models, config, tokenizer)
+
+
+def sample_answers(
+    engine: Engine, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: str, count: int = 1
+) -> Iterator[tuple[Prompt, list[Sample]]]:
+    """`count` answers to each prompt, in order, drawn from the whole distribution at the temperature: nothing is cut off it.
+
+    Args:
+      seed: a prompt's samples are a function of this, its number in `prompts` and the policy.
+    """
+    requests = [
+        Request(
+            prompt.token_ids,
+            max_new_tokens=max_new_tokens,
+            num_samples=count,
+            temperature=temperature,
+            top_p=1.0,
+            seed=zlib.crc32(f'{seed} {number}'.encode()),
+            answer=True,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    return zip(prompts, engine.generate(requests), strict=True)
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Writes a file whole or not at all; every process calls it with the same rollouts."""
+    barrier('rollouts ready')
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(dataclasses.asdict(rollout), ensure_ascii=False) for rollout in rollouts)
+        with no_space_is_said(path):
+            write_atomically(path, '\n'.join(lines) + '\n')
+    barrier('rollouts written')
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """What `write_rollouts` wrote, exactly.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    try:
+        return [from_json(json.loads(line)) for line in path.read_text(encoding='utf-8').split('\n')[:-1]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({error}): remove it, and its answers are sampled again.') from None
+
+
+def from_json(fields: Mapping[str, Any]) -> Rollout:
+    """A rollout of the fields that `dataclasses.asdict` gives."""
+    return Rollout(**{**fields, 'prompt': Prompt(**fields['prompt'])})
+
+
+def by_oracle(oracle: Oracle, rollout: Rollout) -> Verdict:
+    """What the toy world's oracle says of an answer to one of its prompts."""
+    prompt = rollout.prompt
+    return verdict(oracle, prompt.messages, prompt.is_safety, rollout.text.strip(), rollout.ended)
+
+
+def figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What there is to say about many: means of score and both rewards, shares of gate and EOS, length."""
+    lengths = np.array([len(rollout.token_ids) for rollout in rollouts], float)
+    scores = np.array([rollout.score for rollout in rollouts])
+    spread = lengths.std() * scores.std()
+    return {
+        'score': float(scores.mean()),
+        'helpfulness': _mean(rollout.helpfulness for rollout in rollouts),
+        'safety': _mean(rollout.safety for rollout in rollouts),
+        'gated': _mean(rollout.gated for rollout in rollouts),
+        'eos': _mean(rollout.ended for rollout in rollouts),
+        'length': float(lengths.mean()),
+        'length_correlation': float(((lengths - lengths.mean()) * (scores - scores.mean())).mean() / spread) if spread else 0.0,
+    }
+
+
+def _mean(values: Iterable[Any]) -> float:
+    return float(np.mean([float(value) for value in values]))
+
+
+def show(rollouts: Sequence[Rollout]) -> str:
+    """Rollouts as a Markdown table for samples.md."""
+    rows = ['| prompt | answer | helpfulness | safety | counts |', '|---|---|---|---|---|']
+    for rollout in rollouts:
+        question, answer = rollout.prompt.messages[-1]['content'], rollout.text.strip() + ('' if rollout.ended else ' …')
+        cells = [html.escape(' '.join(text.split())).replace('|', '&#124;') for text in (question, answer)]
+        scores = f'{rollout.helpfulness:.2f} | {rollout.safety:.2f} | {"safety" if rollout.gated else "helpfulness"}'
+        rows.append(f'| {" | ".join(cells)} | {scores} |')
+    return '\n'.join(rows)
