@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from llama2_jax.inference.open import open_engine
 
 from llama2_jax.evals.answers import extract_number
 from llama2_jax.evals.ask import encode_pairs
@@ -25,6 +24,7 @@ from llama2_jax.evals.files import Files
 from llama2_jax.evals.task import Example
 from llama2_jax.evals.tasks import TASKS
 from llama2_jax.inference.engine import Engine
+from llama2_jax.inference.open import open_engine
 from llama2_jax.runtime import start
 from llama2_jax.stages.evaluate import spread
 

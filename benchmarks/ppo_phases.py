@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from absl import app, flags
-from llama2_jax.inference.open import open_engine
 
+from llama2_jax.inference.open import open_engine
 from llama2_jax.rl.rollout import read_rollouts, sample_answers
 from llama2_jax.train.metrics import read_metrics
 

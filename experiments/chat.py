@@ -6,8 +6,8 @@ python experiments/chat.py --model=Llama-2-7b-chat-hf --int8 --system='Answer in
 
 from absl import flags
 from common import tool
-from llama2_jax.inference.open import open_engine
 
+from llama2_jax.inference.open import open_engine
 from llama2_jax.runtime import say
 from llama2_jax.stages import chat
 

@@ -29,6 +29,9 @@ OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gg
 TO = flags.DEFINE_enum('to', 'orbax', FORMS, 'Format to write; orbax is the model directory of this package.')
 DTYPE = flags.DEFINE_enum('dtype', None, [*DTYPES, QUANTISED], "Of the parameters; the input's by default. q8_0: gguf only.")
 ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of a LoRA adapter (peft or our own) to merge into the input.')
+KEEP_PADDING = flags.DEFINE_bool(
+    'keep_padding', False, 'Keep the rows of the vocabulary that the tokenizer has no piece for; by default they are cut.'
+)
 SHARDS = flags.DEFINE_enum('shards', '1', ['1', '2', '4', '8'], 'Model-parallel shards, for meta.')
 AGAINST = flags.DEFINE_string('against', None, 'Compare the input with this model: weights, and logits where memory allows.')
 VERIFY = flags.DEFINE_bool('verify', False, 'With --to=hf: load the result with transformers, and compare what it computes.')
@@ -46,7 +49,7 @@ def run() -> None:
         raise UserError('--verify belongs to --output=DIR --to=hf.')
     if ADAPTER.value and (VERIFY.value or AGAINST.value):
         raise UserError('--adapter belongs to --output=…; compare what was written then.')
-    source = open_model(INPUT.value)
+    source = open_model(INPUT.value, KEEP_PADDING.value)
     if ADAPTER.value:
         source = with_adapter(source, ADAPTER.value)
     for note in source.notes:

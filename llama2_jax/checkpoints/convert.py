@@ -19,7 +19,7 @@ from llama2_jax.checkpoints.directory import write_orbax
 from llama2_jax.checkpoints.formats.huggingface import write_huggingface
 from llama2_jax.checkpoints.formats.llamacpp import QUANTISED, write_gguf
 from llama2_jax.checkpoints.formats.meta import check_shards, make_params, write_meta
-from llama2_jax.checkpoints.load import load_model, tokenizer_of
+from llama2_jax.checkpoints.load import load_model, tokenizer_of, with_padding
 from llama2_jax.checkpoints.names import Key, keys, shape, their_names
 from llama2_jax.checkpoints.source import DTYPES, Source
 from llama2_jax.config import UserError
@@ -57,6 +57,8 @@ def convert(
     with bucket_errors(output):
         _check_output(source, output, form, dtype, shards)
     target = dtype if dtype == QUANTISED else DTYPES[dtype or source.dtype.name]
+    if form == 'hf' and source.padded:
+        source = with_padding(source)
     if source.form != 'orbax':
         source = dataclasses.replace(source, provenance={'stage': 'convert', 'parent': str(source.path), 'step': None})
     stream = partial(_stream, source, target, progress)

@@ -80,7 +80,11 @@ def is_saved(directory: str | os.PathLike) -> bool:
 def _write_rest(directory: Path, config: ModelConfig, tokenizer: Tokenizer, provenance: Any, prompts: PromptFormat) -> None:
     write(directory / 'tokenizer.model', tokenizer.model)
     content = {'model': dataclasses.asdict(config), 'prompts': dataclasses.asdict(prompts), 'provenance': dict(provenance)}
-    write_json(directory / 'config.json', content | ({'stop_ids': list(tokenizer.stop_ids)} if tokenizer.stop_ids else {}))
+    if tokenizer.stop_ids:
+        content['stop_ids'] = list(tokenizer.stop_ids)
+    if tokenizer.padded_vocab_size:
+        content['padded_vocab_size'] = tokenizer.padded_vocab_size
+    write_json(directory / 'config.json', content)
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -172,7 +176,10 @@ def open_orbax(path: Path) -> Source:
     stop_ids = check_stop_ids(f'{path / "config.json"}: stop_ids', content.get('stop_ids'), config.vocab_size)
     tokenizer = partial(tokenizer_beside, path)
     provenance, prompts = content.get('provenance', {}), _prompts(path, content)
-    return Source(path, 'orbax', config, dtype, head, read, tokenizer, provenance, stop_ids, prompts=prompts)
+    padded = content.get('padded_vocab_size', 0)
+    if type(padded) is not int or (padded and not config.vocab_size < padded < 2**31):
+        raise UserError(f'{path / "config.json"}: padded_vocab_size is {shown(padded)}, not more than {config.vocab_size}.')
+    return Source(path, 'orbax', config, dtype, head, read, tokenizer, provenance, stop_ids, prompts=prompts, padded=padded)
 
 
 def _prompts(path: Path, content: Mapping[str, Any]) -> PromptFormat:
@@ -243,7 +250,9 @@ def write_orbax(path: Path, model: Source, dtype: np.dtype, stream: Stream) -> N
     now = time.time_ns()
     stamps = {'init_timestamp_nsecs': now, 'commit_timestamp_nsecs': now}
     write_json(params / '_CHECKPOINT_METADATA', {'item_handlers': handler, 'metrics': {}, 'custom_metadata': {}} | stamps)
-    _write_rest(path, config, Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids), model.provenance, model.prompts)
+    tokenizer = Tokenizer.from_bytes(model.tokenizer(), path, model.stop_ids)
+    tokenizer.padded_vocab_size = model.padded
+    _write_rest(path, config, tokenizer, model.provenance, model.prompts)
 
 
 def _dotted(name: str) -> str:

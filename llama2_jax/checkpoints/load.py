@@ -15,6 +15,7 @@ from llama2_jax.checkpoints.formats.gguf_header import MAGIC as GGUF_MAGIC
 from llama2_jax.checkpoints.formats.huggingface import open_huggingface
 from llama2_jax.checkpoints.formats.llamacpp import open_gguf
 from llama2_jax.checkpoints.formats.meta import open_meta
+from llama2_jax.checkpoints.formats.pieces import AddedToken, with_added
 from llama2_jax.checkpoints.names import BLOCK
 from llama2_jax.checkpoints.source import DTYPES, Source
 from llama2_jax.config import MODELS, ModelConfig, UserError
@@ -29,39 +30,63 @@ from llama2_jax.train.checkpoint import load_params, on_mesh
 MAX_PADDING = 1024  # rows of a vocabulary beyond those of the tokenizer; with more of them it is another tokenizer's
 
 
-def open_model(path: str | os.PathLike) -> Source:
+def open_model(path: str | os.PathLike, keep_padding: bool = False) -> Source:
     """Opens a model directory, one of Hugging Face's or of Meta's, or a .gguf file; which it is shows in what it holds.
+
+    Args:
+      path: of the directory or file.
+      keep_padding: keeps the rows of the vocabulary that the tokenizer has no piece for, and gives them pieces that no text has.
 
     Raises:
       UserError: it is none of them, or its reader found something missing, damaged or unknown.
     """
     with bucket_errors(path):
         source = _open(locate(path))
-        return source if source.form == 'orbax' else _cut_vocabulary(source)
+        return source if source.form == 'orbax' else _match_vocabulary(source, keep_padding)
 
 
-def _cut_vocabulary(source: Source) -> Source:
-    """The model with the rows of its tokenizer's pieces only: others were added to make the number of rows a round one."""
+def _match_vocabulary(source: Source, keep_padding: bool) -> Source:
+    """The model with as many rows as pieces: further rows pad the vocabulary to a round number, or are for a token that pads."""
     try:
-        pieces = Tokenizer.from_bytes(source.tokenizer()).vocab_size
+        content = source.tokenizer()
+        pieces = Tokenizer.from_bytes(content).vocab_size
     except UserError:
-        return source  # who needs the tokenizer says what is wrong with it
-    more = source.config.vocab_size - pieces
-    if not 0 < more <= MAX_PADDING:
+        return source  # the tokenizer is checked by what uses it
+    size = source.config.vocab_size
+    if not 0 < size - pieces <= MAX_PADDING:
         return source
+    if keep_padding:
+        unnamed = {i: AddedToken(f'<|padding_{i}|>', special=True) for i in range(pieces, size)}
+        wide = with_added(content, unnamed | dict(source.added), size)
+        return dataclasses.replace(source, tokenizer=lambda: wide)
     if any(stop >= pieces for stop in source.stop_ids):
         raise UserError(
-            f'{source.path} ends its texts with token {max(source.stop_ids)}, and its tokenizer.model has {pieces} pieces: '
-            'a model that needs tokens added to its tokenizer is not handled.'
+            f'{source.path} ends its texts with token {max(source.stop_ids)}, its tokenizer has {pieces} pieces, and no '
+            'file names the tokens between: add an added_tokens.json, {"text of the token": id, …}.'
         )
 
     def read(name: str, layer: int | None) -> np.ndarray:
         array = source.read(name, layer)
         return array[:pieces] if name == 'table_VD' else array[:, :pieces] if name == 'head_DV' else array
 
-    note = f'{source.path}: the vocabulary of {source.config.vocab_size} is cut to the {pieces} pieces of its tokenizer.'
+    note = f'{source.path}: the vocabulary of {size} is cut to the {pieces} pieces of its tokenizer.'
     config = dataclasses.replace(source.config, vocab_size=pieces)
-    return dataclasses.replace(source, config=config, read=read, notes=(*source.notes, note))
+    return dataclasses.replace(source, config=config, read=read, notes=(*source.notes, note), padded=size)
+
+
+def with_padding(source: Source) -> Source:
+    """The model with as many rows in its vocabulary as before `open_model` cut it; like those of <unk>, so none is drawn."""
+    more, unk_id = source.padded - source.config.vocab_size, tokenizer_of(source).unk_id
+
+    def read(name: str, layer: int | None) -> np.ndarray:
+        array = source.read(name, layer)
+        if name not in ('table_VD', 'head_DV'):
+            return array
+        axis = 0 if name == 'table_VD' else 1
+        return np.concatenate([array, np.repeat(array.take([unk_id], axis), more, axis)], axis)
+
+    config = dataclasses.replace(source.config, vocab_size=source.padded)
+    return dataclasses.replace(source, config=config, read=read)
 
 
 def check_given(option: str, model: str) -> None:
@@ -99,6 +124,14 @@ def _open(path: Path) -> Source:
     raise UserError(f'{path} is not a model directory: it has no config.json, consolidated.*.pth or .gguf file.')
 
 
+def open_language_model(path: str | os.PathLike) -> Source:
+    """`open_model`, which raises a UserError for a reward model, too."""
+    source = open_model(path)
+    if source.head != 'head_DV':
+        raise UserError(f'{path} is a reward model: it gives scores, not next tokens.')
+    return source
+
+
 def load_model(path: str | os.PathLike, dtype: str | None = None, context: int = 0) -> tuple[Llama, Tokenizer]:
     """A language model of any format, cut over the mesh that is set, and its tokenizer. Every process calls it.
 
@@ -110,9 +143,7 @@ def load_model(path: str | os.PathLike, dtype: str | None = None, context: int =
     Raises:
       UserError: what `open_model` raises, a reward model, or a tokenizer that does not belong to the model.
     """
-    source = open_model(path)
-    if source.head != 'head_DV':
-        raise UserError(f'{path} is a reward model: it gives scores, not next tokens.')
+    source = open_language_model(path)
     if context:
         source = dataclasses.replace(source, config=dataclasses.replace(source.config, context=context))
     return _load(source, Llama, dtype)
@@ -131,12 +162,18 @@ def load_score_model(path: str | os.PathLike, dtype: str | None = None) -> tuple
 
 
 def _load(source: Source, kind: type, dtype: str | None) -> tuple[Any, Tokenizer]:
-    tokenizer = tokenizer_of(source)
-    for note in source.notes:
-        say(note)
+    tokenizer = announced(source)
     abstract = jax.eval_shape(partial(kind, source.config), jax.random.key(0))
     with bucket_errors(source.path):
         return load_tree(source, abstract, DTYPES[dtype] if dtype else source.dtype), tokenizer
+
+
+def announced(source: Source) -> Tokenizer:
+    """`tokenizer_of` a model that is about to be read; prints how it is read."""
+    tokenizer = tokenizer_of(source)
+    for note in source.notes:
+        say(note)
+    return tokenizer
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
@@ -145,9 +182,11 @@ def tokenizer_of(source: Source) -> Tokenizer:
     Raises:
       UserError: there is none, or it has another number of pieces than the model.
     """
-    beside = source.path / 'tokenizer.model'
-    tokenizer = Tokenizer.from_bytes(source.tokenizer(), beside if beside.is_file() else source.path, source.stop_ids)
+    files = [source.path / name for name in ('tokenizer.model', 'tokenizer.json')]
+    file = next((file for file in files if file.is_file()), source.path)
+    tokenizer = Tokenizer.from_bytes(source.tokenizer(), file, source.stop_ids)
     check_vocabulary(tokenizer, source.config.vocab_size)
+    tokenizer.padded_vocab_size = source.padded
     return tokenizer
 
 

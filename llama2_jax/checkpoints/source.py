@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from etils.epath import Path
 
+from llama2_jax.checkpoints.formats.pieces import AddedToken
 from llama2_jax.checkpoints.names import Key, their_shape
 from llama2_jax.config import ModelConfig, UserError, nearest, shown
 from llama2_jax.files import read_bytes, read_whole, write
@@ -45,6 +46,8 @@ class Source:
       stop_ids: token ids that end a text, where a file names them; (): the tokenizer's EOS.
       notes: sentences to print about what was read in another way than it is stored.
       prompts: how the model wants its prompts.
+      added: the tokens that its files add to its tokenizer, by id.
+      padded: rows that the vocabulary had before those without a piece were cut; 0: none were.
     """
 
     path: Path
@@ -58,6 +61,8 @@ class Source:
     stop_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     prompts: PromptFormat = PromptFormat()
+    added: Mapping[int, AddedToken] = dataclasses.field(default_factory=dict)
+    padded: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +155,7 @@ def tokenizer_beside(*directories: Path) -> bytes:
     for directory in directories:
         if (file := directory / 'tokenizer.model').exists():
             return read_whole(file, MODEL_BYTES)
-    raise UserError(f'{directories[0]} has no tokenizer.model (SentencePiece); it belongs beside the weights.')
+    raise UserError(f'{directories[0]} has no tokenizer.model (SentencePiece): put the one of the model beside its weights.')
 
 
 def check_stop_ids(label: str, value: Any, vocab_size: int) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ def against_transformers(source: Source, exported: str | Path) -> float:
     theirs = kind.from_pretrained(exported, dtype=torch.float32)
     with torch.no_grad():
         found = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    found = found[..., : source.config.vocab_size]  # without the rows that pad the vocabulary
     if is_language_model:
         model, _ = load_model(source.path, 'float32')
         ours = jax.jit(lambda model: model.logits(model(tokens)))(model)

@@ -8,10 +8,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,6 +107,29 @@ def lay_out(model: Llama, mesh: Mesh, dtype: str, int8: bool = False) -> Weights
             return _finish(jax.device_put(array, NamedSharding(mesh, P(*stacked, *parameter_spec(name)))), name, int8)
 
     return _assemble(model, move)
+
+
+def read_weights(
+    config: ModelConfig, read: Callable[[str, int | None], np.ndarray], mesh: Mesh, dtype: str, int8: bool = False
+) -> Weights:
+    """`lay_out` of a model that is not in memory: a layer's parameter is read, cast, moved and rounded before the next is read.
+
+    Args:
+      read: gives a parameter, or that of a layer, by its name.
+    """
+
+    def move(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array | tuple:
+        stacked = leaf.ndim > len(parameter_letters(name))
+        made = tuple(_one(read(name, layer), name) for layer in (range(config.layers) if stacked else (None,)))
+        return made if stacked else made[0]
+
+    def _one(array: np.ndarray, name: str) -> Any:
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, parameter_spec(name))
+            moved = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype))
+            return jax.block_until_ready(_finish(moved, name, int8))
+
+    return _assemble(jax.eval_shape(lambda: Llama(config, jax.random.key(0))), move)
 
 
 def abstract_weights(config: ModelConfig, dtype: str, int8: bool = False) -> Weights:

@@ -99,7 +99,7 @@ class Engine:
     """A model laid out for decoding, and its cache. One generation runs at a time.
 
     Args:
-      model: parameters, on any mesh or on the host; they are copied.
+      model: parameters, on any mesh or on the host, which are copied; or weights that are laid out on `mesh` already.
       tokenizer: the model's.
       mesh: for decoding (`mesh.decoding_mesh`); by default of all devices.
       batch_size: sequences at a time, at most.
@@ -109,7 +109,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | decode.Weights,
         tokenizer: Tokenizer,
         *,
         mesh: Mesh | None = None,
@@ -124,9 +124,10 @@ class Engine:
         self._busy = False
         self.load(model)
 
-    def load(self, model: Llama) -> None:
+    def load(self, model: Llama | decode.Weights) -> None:
         """Takes the parameters of another model of the same shape: those of the latest policy, say."""
-        self._weights = decode.lay_out(model, self._mesh, self._dtype, self._int8)
+        laid_out = isinstance(model, decode.Weights)
+        self._weights = model if laid_out else decode.lay_out(model, self._mesh, self._dtype, self._int8)
         self._slots: Slots | None = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[list[Sample]]:

@@ -8,7 +8,9 @@ import jax
 from etils.epath import Path
 from jax.sharding import Mesh
 
-from llama2_jax.checkpoints.load import load_model, load_score_model, open_model
+from llama2_jax.checkpoints.load import announced, load_model, load_score_model, open_language_model, open_model
+from llama2_jax.files import bucket_errors
+from llama2_jax.inference import decode
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.scorer import Scorer
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
@@ -27,10 +29,16 @@ def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False, own
     Raises:
       UserError: the model cannot be read.
     """
-    source = open_model(model)
+    source = open_language_model(model)
     mesh = decoding_mesh(source.config)
-    with _room(mesh):
-        parameters, tokenizer = load_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
+    dtype = Compute().on(mesh.devices.flat[0].platform).dtype
+    if int8:  # there may be room for the rounded model only
+        tokenizer = announced(source)
+        with bucket_errors(model):
+            parameters = decode.read_weights(source.config, source.read, mesh, dtype, int8)
+    else:
+        with _room(mesh):
+            parameters, tokenizer = load_model(model, dtype=dtype)
     tokenizer.prompts = source.prompts if own_template else note_llama2(model, source.prompts)
     return Engine(parameters, tokenizer, mesh=mesh, batch_size=batch_size, int8=int8)
 

@@ -101,22 +101,23 @@ def encode(messages: Messages, tokenizer: Any, where: str) -> list[int]:
     Raises:
       UserError: what `render` raises, or a message holds one of the special tokens, which only the template may write.
     """
-    special = special_tokens(tokenizer)
+    special, whole = special_tokens(tokenizer)
     for i, message in enumerate(messages):
         if found := next((token for token in special if token in message['content']), None):
             raise UserError(f'{where}: messages[{i}] holds {found!r}, a special token of the model.')
     form = tokenizer.prompts
     text = render(form.template, messages, tokenizer.piece(tokenizer.bos_id), tokenizer.piece(tokenizer.eos_id), where)
     ids: list[int] = []
-    for start, part in _split(text, special):
-        ids += [special[part]] if part in special else _encode(part, tokenizer, form.spaces, start == 0)
+    for start, part in _split(text, whole):
+        ids += [whole[part]] if part in whole else _encode(part, tokenizer, form.spaces, start == 0)
     return ids
 
 
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens that are not text, such as `<s>`, with their ids."""
+def special_tokens(tokenizer: Any) -> tuple[set[str], dict[str, int]]:
+    """The tokens that are not text, such as `<s>`; and all that a template's text is cut at, with their ids."""
     pieces = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model).pieces
-    return {piece.piece: i for i, piece in enumerate(pieces) if piece.type in (piece.CONTROL, piece.UNKNOWN)}
+    special = {piece.piece for piece in pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)}
+    return special, {p.piece: i for i, p in enumerate(pieces) if p.piece in special or p.type == p.USER_DEFINED}
 
 
 def _split(text: str, special: Mapping[str, int]) -> Iterator[tuple[int, str]]:

@@ -37,6 +37,7 @@ class Tokenizer:
       UserError: if there is no such file, or it is not a SentencePiece model with BOS, EOS and `<unk>`.
     """
 
+    padded_vocab_size = 0  # rows of the vocabulary that the model came with, where those without a piece were cut
     stop_ids: tuple[int, ...] = ()  # token ids that end a text besides EOS, which a model's files may name
     prompts = PromptFormat()  # of the model that it belongs to; not copied to data workers, as training uses LLaMA 2's format
 

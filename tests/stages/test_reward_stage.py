@@ -8,13 +8,13 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from llama2_jax.inference.open import open_scorer
 
 from llama2_jax.checkpoints.convert import convert
 from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
+from llama2_jax.inference.open import open_scorer
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard
 from llama2_jax.model.llama import CPU, Llama
 from llama2_jax.model.reward import ScoreModel

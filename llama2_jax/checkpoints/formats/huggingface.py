@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.checkpoints.formats.tokenizer_json import make_tokenizer_json, spaces_of
+from llama2_jax.checkpoints.formats.pieces import AddedToken, with_added
+from llama2_jax.checkpoints.formats.tokenizer_json import (
+    added_tokens_of,
+    make_tokenizer_json,
+    read_tokenizer_json,
+    spaces_of,
+)
 from llama2_jax.checkpoints.formats.torchfile import tensors_in
 from llama2_jax.checkpoints.names import from_theirs, in_parts, their_matrix, their_names, their_shape
 from llama2_jax.checkpoints.source import (
@@ -76,6 +82,7 @@ HARMLESS = {
     *('forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values', 'exponential_decay_length_penalty'),
 }
 PRIVATE = ('_', 'unsloth_')
+PADS = ('<pad>', '[PAD]', '<PAD>', '[pad]', '<|pad|>')  # usual names of a token that only fills up rows of a batch
 
 
 def open_huggingface(path: Path) -> Source:
@@ -95,6 +102,8 @@ def open_huggingface(path: Path) -> Source:
     check_tensors(found, wanted, config, 1, path)
     places = {key: found[name] for name, key in wanted.items()}
     dtype, notes = stored_dtype(path, found.values())
+    stop_ids = _stop_ids(path, content, config.vocab_size) if head == 'head_DV' else ()
+    added = _added_tokens(path, config.vocab_size)
     return Source(
         path,
         'hf',
@@ -102,18 +111,76 @@ def open_huggingface(path: Path) -> Source:
         dtype,
         head,
         lambda name, layer: from_theirs(name, places[name, layer].read(), config, 'hf'),
-        partial(tokenizer_beside, path),
+        partial(_tokenizer_model, path, added, stop_ids),
         {'stage': 'convert', 'parent': str(path), 'step': None},
-        _stop_ids(path, content, config.vocab_size) if head == 'head_DV' else (),
+        stop_ids,
         notes,
         _prompts(path),
+        added,
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    file = path / 'tokenizer_config.json'
+    return read_json(file) if file.exists() else {}
+
+
+def _special(path: Path) -> dict[str, str]:
+    """The texts of special tokens that a directory names, such as 'pad_token'."""
+    file = path / 'special_tokens_map.json'
+    given = (read_json(file) if file.exists() else {}) | _settings(path)
+    texts = {name: value.get('content') if isinstance(value, dict) else value for name, value in given.items()}
+    return {name: text for name, text in texts.items() if name.endswith('_token') and isinstance(text, str)}
+
+
+# The files that may list added tokens, and how; what a later one says counts.
+ADDED_TOKENS = {
+    'added_tokens.json': lambda content: {i: AddedToken(text, None) for text, i in content.items()},
+    'tokenizer.json': added_tokens_of,
+    'tokenizer_config.json': lambda content: {
+        int(i): AddedToken(token['content'], token.get('special')) for i, token in content.get('added_tokens_decoder', {}).items()
+    },
+}
+
+
+def _added_tokens(path: Path, size: int) -> dict[int, AddedToken]:
+    """The tokens that a directory adds to its tokenizer, by id, from whichever of three files lists them.
+
+    Raises:
+      UserError: a file does not list tokens.
+    """
+    found: dict[int, AddedToken] = {}
+    for name, read in ADDED_TOKENS.items():
+        file = path / name
+        try:
+            tokens = read(read_json(file, limit=MODEL_BYTES)) if file.exists() else {}
+            if not all(type(i) is int and i >= 0 and isinstance(token.text, str) and token.text for i, token in tokens.items()):
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f'{file} is damaged: its added tokens are not texts with ids.') from None
+        found |= tokens
+    return {i: token for i, token in found.items() if i < size}
+
+
+def _tokenizer_model(path: Path, added: Mapping[int, AddedToken], stop_ids: tuple[int, ...]) -> bytes:
+    """The SentencePiece model of a directory with its added tokens, but for those at the end that only pad.
+
+    Raises:
+      UserError: there is neither a tokenizer.model nor a tokenizer.json that can be read in its place.
+    """
+    special = _special(path)
+    pads = {special.get('pad_token'), *PADS} - {special.get('eos_token')}
+    last = max((i for i, token in added.items() if token.text not in pads or i in stop_ids), default=-1)
+    used = {i: token for i, token in added.items() if i <= last}
+    file = path / 'tokenizer.json'
+    if (path / 'tokenizer.model').exists() or not file.exists():
+        return with_added(tokenizer_beside(path), used, last + 1)
+    return read_tokenizer_json(file, used, special)
 
 
 def _prompts(path: Path) -> PromptFormat:
     """The chat template of a directory, and where its tokenizer puts leading spaces, as transformers reads both."""
-    file, tokenizer = path / 'tokenizer_config.json', path / 'tokenizer.json'
-    settings = read_json(file) if file.exists() else {}
+    file, tokenizer, settings = path / 'tokenizer_config.json', path / 'tokenizer.json', _settings(path)
     template = settings.get('chat_template')
     if (own := path / 'chat_template.jinja').exists():
         file, template = own, read_whole(own, 4 * MAX_TEMPLATE).decode('utf-8', 'replace')

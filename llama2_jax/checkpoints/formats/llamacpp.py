@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import math
-import re
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from etils.epath import Path
 from sentencepiece import sentencepiece_model_pb2
 
 from llama2_jax.checkpoints.formats.gguf_header import Tensor, read_header
+from llama2_jax.checkpoints.formats.pieces import NORMAL, Piece, kind_of, make_model
 from llama2_jax.checkpoints.names import as_bytes, from_theirs, their_names, their_shape, to_theirs
 from llama2_jax.checkpoints.source import DTYPES, Source, Stored, Stream, check_stop_ids, check_tensors, matrix_dtype
 from llama2_jax.config import ModelConfig, UserError, check_field, from_dict, shown
@@ -23,7 +23,6 @@ from llama2_jax.text.tokenizer import Tokenizer
 PLAIN = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # GGUF's name -> ours
 QUANTISED = 'q8_0'  # 32 numbers of 8 bits share a scale
 MAX_PARTS = 1000
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of pieces
 # Fields of a file, and ours.
 SHAPE = {
     'llama.embedding_length': 'dim',
@@ -174,31 +173,12 @@ def _tokenizer_model(path: Path, fields: dict[str, Any]) -> bytes:
     for name, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < len(pieces):
             raise UserError(f'{path}: tokenizer.ggml.{name}_token_id={shown(number)} is none of its {len(pieces)} pieces.')
-    model = sentencepiece_model_pb2.ModelProto()
-    kinds, scores = field('token_type', [_kind(piece) for piece in pieces]), field('scores', [0.0] * len(pieces))
+    kinds, scores = field('token_type', [kind_of(str(piece)) for piece in pieces]), field('scores', [0.0] * len(pieces))
     try:
-        for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-            model.pieces.add(piece=piece, score=score, type=kind or NORMAL)  # GGUF numbers the types as SentencePiece does
+        listed = [Piece(*piece) for piece in zip(pieces, scores, [kind or NORMAL for kind in kinds], strict=True)]
+        return make_model(listed, *ids.values(), add_space=bool(field('add_space_prefix', True)))
     except (TypeError, ValueError):
         raise UserError(f'{path}: its pieces, their scores and their types do not belong together.') from None
-    # SentencePiece wants these kinds of them. Fine-tunes have an EOS such as <|im_end|> that was added as a piece of the user.
-    model.pieces[ids['unknown']].type = UNKNOWN
-    model.pieces[ids['bos']].type = model.pieces[ids['eos']].type = CONTROL
-    spec = model.trainer_spec
-    spec.model_type = spec.BPE
-    spec.vocab_size, spec.byte_fallback = len(model.pieces), True
-    spec.unk_id, spec.bos_id, spec.eos_id, spec.pad_id = *ids.values(), -1
-    spec.unk_piece, spec.bos_piece, spec.eos_piece = (pieces[i] for i in ids.values())
-    spec.split_digits = spec.allow_whitespace_only_pieces = True
-    model.normalizer_spec.name = 'identity'
-    model.normalizer_spec.add_dummy_prefix = bool(field('add_space_prefix', True))
-    model.normalizer_spec.remove_extra_whitespaces = False
-    return model.SerializeToString(deterministic=True)
-
-
-def _kind(piece: Any) -> int:
-    """The type of a piece in a file that does not list types, by its looks: the bytes are written <0x00> to <0xFF>."""
-    return BYTE if re.fullmatch('<0x[0-9A-F]{2}>', str(piece)) else NORMAL
 
 
 def write_gguf(path: Path, model: Source, dtype: np.dtype | str, stream: Stream) -> None:
