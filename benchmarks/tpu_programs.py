@@ -24,7 +24,7 @@ from llama2_jax.config import MODELS, UserError, override
 from llama2_jax.inference.plan import compile_step
 from llama2_jax.mesh import decoding_mesh
 from llama2_jax.planning import aot
-from llama2_jax.rl import ppo_plan
+from llama2_jax.rl import plan as ppo_plan
 from llama2_jax.stages import pretrain as pretraining
 from llama2_jax.stages import reward, sft
 

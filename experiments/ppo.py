@@ -12,8 +12,8 @@ from etils.epath import Path
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.llama import Compute
-from llama2_jax.rl import ppo, ppo_plan
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl import plan, ppo
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.train.optimizer import OptimizerConfig
 
 
@@ -139,4 +139,4 @@ def run(config: PPOConfig, workdir: str) -> None:
 
 
 if __name__ == '__main__':
-    stage(PRESETS, run, ppo_plan.dry_run)
+    stage(PRESETS, run, plan.dry_run)

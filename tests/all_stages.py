@@ -15,7 +15,7 @@ from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.inference.open import open_engine
 from llama2_jax.rl import collect, ppo, rejection
 from llama2_jax.rl.collect import CollectConfig
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.stages import generate, reward, score, sft

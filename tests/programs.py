@@ -25,7 +25,7 @@ from llama2_jax.model import lora
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.reward import ScoreModel
 from llama2_jax.planning import aot
-from llama2_jax.rl import ppo_update as ppo
+from llama2_jax.rl import ppo
 from llama2_jax.runtime import compiler_options
 from llama2_jax.stages import pretrain, reward, sft
 from llama2_jax.train.devices import abstract_batch
@@ -112,7 +112,7 @@ EXEMPT = {
     'llama2_jax.train.checkpoint._sums_of_bits': 'sums',
     'llama2_jax.checkpoints.verify.against_transformers': 'compares with PyTorch in float32, on the host',
     'llama2_jax.checkpoints.convert.compare.logits': 'compares two models in float32, on the host',
-    'llama2_jax.rl.ppo_plan.learning': 'the dry run of scorer.scoring',
+    'llama2_jax.rl.plan.learning': 'the dry run of scorer.scoring',
     'llama2_jax.inference.plan.compile_step': 'the dry run of decode.decode',
 }
 
@@ -206,7 +206,7 @@ def adapters(target: Target) -> tuple[lora.LoraConfig, Any]:
     return config, jax.eval_shape(lambda: lora.make_adapters(target.model, config, jax.random.key(0)))
 
 
-@program('stages.sft.run.init', 'rl.ppo_setup.begin')
+@program('stages.sft.run.init', 'rl.ppo.begin')
 def first_adapters(target: Target) -> Call:
     make = partial(lora.make_adapters, target.model, sft_presets.lora_7b().lora)
     return Call(jax.jit(make), (jax.eval_shape(lambda: jax.random.key(0)),), target.mesh)
@@ -290,27 +290,27 @@ def learning(target: Target, program: str, **settings: Any) -> Call:
     return Call(programs.update, (programs.abstract, (reference if config.lora.rank else None, minibatch)), target.mesh)
 
 
-@program('rl.ppo_update.build')
+@program('rl.ppo.build')
 def ppo_init(target: Target) -> Call:
     return learning(target, 'init')
 
 
-@program('rl.ppo_update.build')
+@program('rl.ppo.build')
 def ppo_prepare(target: Target) -> Call:
     return learning(target, 'prepare')
 
 
-@program('rl.ppo_update.build')
+@program('rl.ppo.build')
 def ppo_update(target: Target) -> Call:
     return learning(target, 'update')
 
 
-@program('rl.ppo_update.build')
+@program('rl.ppo.build')
 def grpo_prepare(target: Target) -> Call:
     return learning(target, 'prepare', advantages='grpo', samples=4)
 
 
-@program('rl.ppo_update.build')
+@program('rl.ppo.build')
 def ppo_update_of_adapters(target: Target) -> Call:
     return learning(target, 'update', lora=sft_presets.lora_7b().lora)
 

@@ -21,8 +21,8 @@ from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Compute
 from llama2_jax.planning import aot
 from llama2_jax.planning.cost import read_program
-from llama2_jax.rl import ppo_plan
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl import plan as ppo_plan
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.runtime import CHIPS, compiler_options
 from llama2_jax.stages import pretrain

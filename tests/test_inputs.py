@@ -12,7 +12,7 @@ from llama2_jax.config import UserError, override
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl import rejection
-from llama2_jax.rl.ppo_setup import open_stage
+from llama2_jax.rl.ppo import open_stage
 from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.rl.versions import check
 

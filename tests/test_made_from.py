@@ -20,7 +20,7 @@ from llama2_jax.model.llama import Llama
 from llama2_jax.model.reward import ScoreModel
 from llama2_jax.rl import collect, ppo, rejection
 from llama2_jax.rl.collect import CollectConfig
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rollout import RewardsConfig
 from llama2_jax.runtime.workdir import ResumeConfig, resuming

@@ -88,6 +88,11 @@ def adapt(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
     return _replace(model, adapters, lora, lambda name, weight, a, b: Adapted(weight, a, b, lora.scale))
 
 
+def with_adapters(base_model: Llama | None, params: Llama | Adapters, lora: LoraConfig) -> Llama:
+    """The model that is trained: the parameters themselves, or the base model with them as its adapters."""
+    return params if base_model is None else adapt(base_model, params, lora)
+
+
 @jax.jit
 def in_eight_bits(model: Llama) -> Llama:
     """The model with the matrices of its layers rounded, one layer after the other, as there is no room for all in float32."""

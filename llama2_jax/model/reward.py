@@ -43,6 +43,13 @@ def with_score(model: Trunk, key: jax.Array) -> ScoreModel:
     return jax.tree_util.tree_map_with_path(lambda path, _: given[parameter_name(path)], abstract)
 
 
+def zero_head(model: ScoreModel) -> ScoreModel:
+    """The model with a head of zeros: it predicts the mean of whitened rewards, 0."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if parameter_name(path) == 'score_D' else leaf, model
+    )
+
+
 def scores_at(score_BL: jax.Array, last: jax.Array) -> jax.Array:
     """The scores at some places of each row, of the shape of `last`, [B, ...]: where texts end, which no id tells.
 

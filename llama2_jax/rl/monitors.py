@@ -1,9 +1,28 @@
-"""What a run of PPO should be stopped for, read off its lines of metrics, so that a resumed run comes to the same verdict."""
+"""What is watched while PPO runs: batch statistics, signs of collapse and reward hacking, time, memory, the plot.
+
+Alarms are computed from the lines of metrics, so a resumed run reaches the same verdict.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils.epath import Path
+
+from llama2_jax.data.mixing import check_toy
+from llama2_jax.files import save_figure
+from llama2_jax.inference.open import open_scorer
+from llama2_jax.ops import returns
+from llama2_jax.rl.rollout import Rollout, by_oracle
+from llama2_jax.toy.oracle import Oracle
+
+Judge = Callable[[Sequence[Rollout]], list[float]]
 Lines = Sequence[Mapping[str, Any]]
 
 NOISE = 3.0  # standard errors
@@ -59,10 +78,111 @@ def best_evaluation(lines: Lines) -> Mapping[str, Any] | None:
     return max(scored, key=lambda line: line['heldout/score'], default=None)
 
 
-def adapted(beta: float, kl: float, target: float, answers: int, horizon: int) -> float:
+def adaptive_beta(beta: float, kl: float, target: float, answers: int, horizon: int) -> float:
     """Beta after a batch: up where KL is above its target, down where below (Ziegler et al., 2019).
 
-    >>> adapted(0.1, 12.0, 10.0, 512, 10_240), adapted(0.1, -50.0, 10.0, 512, 10_240)
+    >>> adaptive_beta(0.1, 12.0, 10.0, 512, 10_240), adaptive_beta(0.1, -50.0, 10.0, 512, 10_240)
     (0.101, 0.099)
     """
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * answers / horizon)
+
+
+def out_of_patience(lines: Lines, patience: int) -> bool:
+    """Whether the last `patience` evaluations were not better than the best before them; never, if it is 0."""
+    best = best_evaluation(lines)
+    since = [line for line in lines if 'heldout/score' in line and line['step'] > best['step']]
+    return 0 < patience <= len(since)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean."""
+    return float(np.std(values) / len(values) ** 0.5)
+
+
+def check_judge(judge: str, mixture: str) -> None:
+    """Raises a UserError where the oracle is to judge answers to prompts that are not of the toy world."""
+    if judge == 'oracle':
+        check_toy('judge=oracle', mixture, 'set judge= to nothing or to a reward model')
+
+
+def make_judge(judge: str, batch_size: int) -> Judge | None:
+    """A judge that has no part in the reward: the toy world's oracle, another reward model, or None."""
+    if not judge:
+        return None
+    if judge == 'oracle':
+        oracle = Oracle()
+        return lambda rollouts: [by_oracle(oracle, rollout).quality for rollout in rollouts]
+    scorer = open_scorer(judge, batch_size)
+    return lambda rollouts: scorer.score([[*rollout.prompt.token_ids, *rollout.token_ids] for rollout in rollouts]).tolist()
+
+
+def batch_statistics(found: Mapping[str, jax.Array], kl: jax.Array, mask: jax.Array, engine: jax.Array) -> dict[str, jax.Array]:
+    """Statistics of a batch before it is trained on, from arrays [N, b, L]; KL is in nats per answer."""
+    mean = partial(returns.masked_mean, mask=mask)
+    answers = (kl * mask).sum(axis=-1)
+    return {
+        'kl': answers.mean(),
+        'kl_error': answers.std() / answers.size**0.5,
+        'k3': (returns.k3(found['logprob'], found['anchor']) * mask).sum(axis=-1).mean(),
+        'entropy': mean(found['entropy']),
+        'engine_gap': jnp.max(mask * jnp.abs(found['logprob'] - engine)),
+    }
+
+
+def value_statistics(value: jax.Array, target: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """The value model's mean and the share of the returns' variance that it explains."""
+    unexplained = _variance(target - value, mask) / jnp.maximum(_variance(target, mask), 1e-8)
+    return {'value': returns.masked_mean(value, mask), 'explained_variance': 1 - unexplained}
+
+
+def _variance(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return returns.masked_mean((x - returns.masked_mean(x, mask)) ** 2, mask)
+
+
+class Clock:
+    """Measures the seconds of each phase of an iteration."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Adds the time since the last call to this phase."""
+        now = time.perf_counter()
+        self._seconds[phase], self._last = now - self._last, now
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """Seconds and answers' tokens a second of each phase."""
+        seconds = {f'seconds/{phase}': time for phase, time in self._seconds.items()}
+        return seconds | {f'tokens_per_second/{phase}': tokens / time for phase, time in self._seconds.items() if time}
+
+
+def peak_memory() -> float:
+    """Peak memory in GB: of a device, or of the process where devices do not report it."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats['peak_bytes_in_use'] / 1e9 if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws score and judge against the KL from the reference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot(xlabel='KL from the reference (nats an answer)', ylabel='score')
+    trained = [line for line in lines if 'kl' in line]
+    axes.plot([line['kl'] for line in trained], [line['score'] for line in trained], '.', markersize=3, label='score of a batch')
+    seen = [{'kl': 0.0} | line for line in lines if 'heldout/score' in line]  # no KL before the first iteration
+    axes.plot([line['kl'] for line in seen], [line['heldout/score'] for line in seen], 'o-', label='held-out score')
+    handles = axes.get_legend_handles_labels()[0]
+    if any('heldout/judge' in line for line in seen):
+        other = axes.twinx()
+        other.set_ylabel('judge')
+        handles += other.plot(
+            [line['kl'] for line in seen],
+            [line['heldout/judge'] for line in seen],
+            's--',
+            color='tab:red',
+            label='held-out, by the judge',
+        )
+    axes.legend(handles=handles, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(handles))  # clear of both scales
+    save_figure(figure, path)

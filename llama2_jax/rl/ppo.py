@@ -1,49 +1,451 @@
-"""PPO (paper p15-16; recipe F.3): generate, score, look, learn, over and over. A loop of its own, the one stage beside `fit`.
+"""PPO (paper p15-16; recipe F.3) in one file, to be read from top to bottom.
 
-An iteration is to be read in `iterate`; its arithmetic in `ops/returns.py`, its two compiled programs in `ppo_update.py`.
+Config → the two compiled programs (`prepare` turns a batch of answers into minibatches with advantages, `update` takes one step)
+→ what a run works with → one iteration (sample, score, compute advantages, update) → evaluation → the loop. The arithmetic is in
+`ops/returns.py`, sampling and rewards in `rollout.py`, alarms and figures in `monitors.py`.
 
-The process may be killed at any moment. Answers lie in rollouts/ as soon as they are scored, so what is lost are updates since
-the last checkpoint, and these are made again from the same answers, bit for bit.
+The process may be killed at any moment. Answers are written to rollouts/ as soon as they are scored, so a kill loses only the
+updates since the last checkpoint, and these are repeated from the same answers, bit for bit.
 """
 
 import dataclasses
-import resource
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from etils.epath import Path
+from jax.sharding import Mesh
 
+from llama2_jax import made_from
 from llama2_jax.checkpoints.directory import save_model
-from llama2_jax.config import UserError
-from llama2_jax.files import save_figure
-from llama2_jax.rl.monitors import adapted, alarms, best_evaluation
-from llama2_jax.rl.ppo_setup import Stage, begin, open_stage, policy
-from llama2_jax.rl.ppo_update import Learners, PPOConfig
-from llama2_jax.rl.rollout import Rollout, figures, read_rollouts, sample_answers, show, write_rollouts
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.checkpoints.load import load_model, load_score_model, open_model
+from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, Names, RewardModel, UserError, between
+from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData
+from llama2_jax.inference.engine import Engine
+from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
+from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
+from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, with_adapters
+from llama2_jax.model.reward import ScoreModel, zero_head
+from llama2_jax.ops import returns
+from llama2_jax.rl import monitors
+from llama2_jax.rl.rollout import (
+    Rewards,
+    RewardsConfig,
+    Rollout,
+    figures,
+    open_rewards,
+    pad_rollouts,
+    read_rollouts,
+    sample_answers,
+    show,
+    write_rollouts,
+)
+from llama2_jax.runtime import barrier, compiler_options, is_main_process, say
 from llama2_jax.runtime.hosts import Watch
-from llama2_jax.runtime.workdir import no_space_is_said
+from llama2_jax.runtime.workdir import no_space_is_said, open_run, record_inputs
 from llama2_jax.train.checkpoint import Checkpoints
-from llama2_jax.train.devices import to_mesh
+from llama2_jax.train.devices import check_mesh, describe_mesh, to_mesh
 from llama2_jax.train.loop import Interruption, leave
 from llama2_jax.train.metrics import Meter, Progress, Report, read_metrics
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llama2_jax.train.step import Batch, State, init_state, microbatches, minimise
 
 HEADLINE = ('score', 'kl', 'heldout/score', 'heldout/judge')
 SHOWN = 12  # answers in a section of samples.md
+# What a resumed run may change: results depend on none of it beyond rounding.
+MAY_CHANGE = (
+    *('mesh', 'compute.remat', 'compute.attention', 'decode_batch', 'rewards.batch_size'),
+    *('iterations', 'checkpoint_every', 'keep_last', 'alarms', 'patience'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig(Config):
+    """A PPO run with the paper's settings (p15-16; recipe F.3). Values that the paper omits are marked "not in the paper".
+
+    Attributes:
+      init_from: Initial policy, which is also the reference. For a dry run a size such as '7b' is enough.
+      value_from: Reward model whose trunk initialises the value model, under a zero head; '': `rewards.helpfulness`. Not in the
+        paper.
+      rewards: Reward models, and how their scores become one.
+      prompts: Prompts to answer.
+      optimizer: Policy optimizer: constant 1e-6.
+      value_optimizer: Not in the paper; the learning rate of InstructGPT's smaller models.
+      lora: Trains adapters beside the reference in place of the whole policy.
+      iterations: Maximum number of iterations; the paper's 200 to 400.
+      batch_size, minibatch_size: Answers of an iteration, and of one step; each answer is used once.
+      max_new_tokens: Answers are truncated there. Not in the paper.
+      temperature: Of sampling and of the log-probabilities. Not in the paper.
+      samples: Answers to each prompt of a batch.
+      advantages: 'gae': from a value model (PPO). 'rloo', 'grpo': an answer relative to the others of its prompt, no value model.
+      beta: Cost of a nat of KL: 0.01 for 7B and 13B, 0.005 for 34B and 70B.
+      kl_target: Nats of KL per answer towards which beta is adapted (Ziegler et al., 2019); 0: beta is fixed. Not in the paper.
+      kl_horizon: Answers over which beta adapts.
+      gamma, lam: Discount and lambda of the advantages. Not in the paper.
+      clip, value_clip: Clipping ranges: 0.2, and the value's is not in the paper.
+      decode_batch: Answers sampled at a time.
+      eval_every: Iterations between evaluations on held-out prompts; the best policy becomes the model.
+      eval_prompts: Number of held-out prompts.
+      patience: Stops after this many evaluations without a better one; 0: never.
+      judge: Judges held-out answers for the reward-hacking alarm: 'oracle' (the toy world's), a reward model, or ''.
+      alarms: Reaction to signs of collapse or reward hacking.
+      checkpoint_every: Iterations between checkpoints; answers sampled since are kept besides.
+      keep_last: Number of checkpoints to keep.
+      seed: Random seed.
+    """
+
+    init_from: LanguageModel = ''
+    value_from: RewardModel = ''
+    rewards: RewardsConfig = RewardsConfig()
+    prompts: PromptConfig = PromptConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-6, final_lr=1.0, warmup_steps=0)
+    value_optimizer: OptimizerConfig = OptimizerConfig(peak_lr=9e-6, final_lr=1.0, warmup_steps=0)
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
+    iterations: int = between(400, 1)
+    batch_size: int = between(512, 1)
+    minibatch_size: int = between(64, 1)
+    max_new_tokens: int = between(1024, 1)
+    temperature: float = between(1.0, 1e-3, 100)
+    samples: int = between(1, 1)
+    advantages: Literal['gae', 'rloo', 'grpo'] = 'gae'
+    beta: float = 0.01
+    kl_target: float = 0.0
+    kl_horizon: int = between(10_000, 1)
+    gamma: float = between(1.0, 0, 1)
+    lam: float = between(0.95, 0, 1)
+    clip: float = 0.2
+    value_clip: float = 0.2
+    decode_batch: int = between(128, 1)
+    eval_every: int = between(10, 1)
+    eval_prompts: int = between(256, 1)
+    patience: int = 0
+    judge: Annotated[str, Names('model', 'reward model', ('oracle',))] = ''
+    alarms: Literal['warn', 'stop'] = 'warn'
+    checkpoint_every: int = between(10, 1)
+    keep_last: int = between(2, 1)
+    seed: int = SEED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.minibatch_size:
+            raise UserError(f'batch_size={self.batch_size} is not a multiple of minibatch_size={self.minibatch_size}.')
+        if self.batch_size % self.samples:
+            raise UserError(f'batch_size={self.batch_size} is not a multiple of samples={self.samples}.')
+        if self.samples < 2 and not self.has_value:
+            raise UserError(f'advantages={self.advantages} compares answers to a prompt: samples must be at least 2.')
+
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a value model."""
+        return self.advantages == 'gae'
+
+    @property
+    def length(self) -> int:
+        """Maximum tokens of a prompt with its answer: the length of rows."""
+        return self.prompts.longest + self.max_new_tokens
+
+    @property
+    def updates(self) -> int:
+        """Steps of an iteration."""
+        return self.batch_size // self.minibatch_size
+
+
+class Learners(NamedTuple):
+    """All that learns. The reference never does: it is the initial policy, in the compute dtype."""
+
+    policy: State  # of a Llama, or of adapters beside the reference
+    value: State | None  # of a ScoreModel
+
+
+class Programs(NamedTuple):
+    """The compiled functions.
+
+    Attributes:
+      abstract: `Learners` without values.
+      init: (policy's parameters, value model or None) -> learners before the first step; donates its arguments.
+      prepare: (learners, (reference, beta, batch)) -> (minibatches, figures); see `make_prepare`.
+      update: (learners, (reference, minibatch)) -> (learners, figures); donates the learners.
+    """
+
+    abstract: Learners
+    init: Callable
+    prepare: Callable
+    update: Callable
+
+
+def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: Compute) -> Programs:
+    """The programs for the shapes of policy and value model; a mesh must be set."""
+    steps = config.iterations * config.updates
+    optimizers = [make_optimizer(optimizer, steps) for optimizer in (config.optimizer, config.value_optimizer)]
+
+    def init(policy: Llama | Adapters, value: ScoreModel | None) -> Learners:
+        return Learners(init_state(policy, optimizers[0]), init_state(value, optimizers[1]) if config.has_value else None)
+
+    def abstract() -> Learners:
+        key = jax.random.key(0)
+        policy = make_adapters(model, config.lora, key) if config.lora.rank else Llama(model, key)
+        return init(policy, ScoreModel(value, key) if config.has_value else None)
+
+    options = compiler_options(jax.devices()[0])
+    return Programs(
+        abstract=jax.eval_shape(abstract),
+        init=jax.jit(init, donate_argnums=(0, 1)),
+        prepare=jax.jit(make_prepare(config, compute), compiler_options=options),
+        update=jax.jit(make_update(config, compute, *optimizers), donate_argnums=0, compiler_options=options),
+    )
+
+
+def policy_model(config: PPOConfig, params: Llama | Adapters, reference: Llama) -> Llama:
+    """The policy: the parameters themselves, or the reference with them as its adapters."""
+    return with_adapters(reference if config.lora.rank else None, params, config.lora)
+
+
+def log_probs(config: PPOConfig, compute: Compute, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each target and the entropy there, both [b, L], at the temperature of sampling."""
+    return model.log_probs(model(batch['inputs'], None, compute), batch['targets'], config.temperature)
+
+
+def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
+    """The function that turns a batch of answers into minibatches with advantages.
+
+    Old log-probabilities come from the forward pass that `update` differentiates, not from the engine, so the first ratio is 1
+    whatever rounding decoding has; the figure `engine_gap` is the largest difference from the engine's.
+    """
+
+    def prepare(learners: Learners, given: tuple[Llama, jax.Array, Batch]) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
+        reference, beta, batch = given
+        policy = policy_model(config, learners.policy.params, reference)
+        parts = {
+            'inputs': reshard(batch['tokens'][:, :-1], 'BL'),
+            'targets': reshard(batch['tokens'][:, 1:], 'BL'),
+            'mask': reshard(batch['answer'][:, 1:].astype(jnp.float32), 'BL'),
+            'engine': reshard(batch['logprobs'][:, 1:], 'BL'),
+            'score': returns.whiten(batch['score']),
+        }
+
+        def read(part: Batch) -> Batch:
+            logprob, entropy = log_probs(config, compute, policy, part)
+            anchor, _ = log_probs(config, compute, reference, part)
+            found = {'logprob': logprob, 'entropy': entropy, 'anchor': anchor}
+            return found | {'old': learners.value.params(part['inputs'], None, compute)} if config.has_value else found
+
+        # From here on arrays are [N, b, L]: N minibatches of b answers.
+        parts = microbatches(parts, config.updates)
+        found = {name: reshard(x, 'NBM') for name, x in jax.lax.map(read, parts).items()}
+        mask, engine = reshard(parts['mask'], 'NBM'), reshard(parts['engine'], 'NBM')
+        kl = returns.k1(found['logprob'], found['anchor'])
+        reward = jax.vmap(returns.token_rewards, (0, 0, 0, None))(parts['score'], kl, mask, beta)
+        data = {name: parts[name] for name in ('inputs', 'targets', 'mask')} | {'logprob': found['logprob']}
+        statistics = monitors.batch_statistics(found, kl, mask, engine)
+        if config.has_value:
+            estimate = jax.vmap(partial(returns.advantages, gamma=config.gamma, lam=config.lam))
+            advantage, target = estimate(reward, found['old'], mask)
+            data |= {'advantage': returns.whiten(advantage, mask), 'old': found['old'], 'return': target}
+            statistics |= monitors.value_statistics(found['old'], target, mask)
+        else:
+            # [b, N] is the order of the batch, in which the answers to a prompt are neighbours.
+            earned = replicate(reward.sum(axis=-1)).swapaxes(0, 1)
+            relative = returns.group_advantages(earned.reshape(-1, config.samples), scaled=config.advantages == 'grpo')
+            data['advantage'] = mask * reshard(relative.reshape(earned.shape).swapaxes(0, 1), 'NB')[..., None]
+        data = {name: reshard(x, 'NBL') for name, x in data.items()}
+        return tuple({name: x[i] for name, x in data.items()} for i in range(config.updates)), statistics
+
+    return prepare
+
+
+def make_update(
+    config: PPOConfig,
+    compute: Compute,
+    policy_optimizer: optax.GradientTransformation,
+    value_optimizer: optax.GradientTransformation,
+) -> Callable:
+    """The function that takes one step of policy and value model. Losses are means over the answers' tokens of the minibatch."""
+
+    def update(learners: Learners, given: tuple[Llama, Batch]) -> tuple[Learners, dict[str, jax.Array]]:
+        reference, batch = given
+        mean = partial(returns.masked_mean, mask=batch['mask'])
+
+        def policy_loss(params: Llama | Adapters):
+            logprob, _ = log_probs(config, compute, policy_model(config, params, reference), batch)
+            loss, ratio, clipped = returns.policy_loss(logprob, batch['logprob'], batch['advantage'], config.clip)
+            error = jnp.max(batch['mask'] * jnp.abs(ratio - 1))
+            return mean(loss), {'ratio': mean(ratio), 'ratio_error': error, 'clipped': mean(clipped)}
+
+        def value_loss(params: ScoreModel):
+            value = params(batch['inputs'], None, compute)
+            loss, clipped = returns.value_loss(value, batch['old'], batch['return'], config.value_clip)
+            return mean(loss), {'clipped': mean(clipped)}
+
+        policy, found = minimise(policy_loss, learners.policy, policy_optimizer)
+        statistics = {f'policy/{name}': x for name, x in found.items()}
+        if not config.has_value:
+            return Learners(policy, None), statistics
+        value, found = minimise(value_loss, learners.value, value_optimizer)
+        return Learners(policy, value), statistics | {f'value/{name}': x for name, x in found.items()}
+
+    return update
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a run works with; only the engine's weights change."""
+
+    config: PPOConfig
+    path: Path
+    mesh: Mesh
+    data: PromptData
+    engine: Engine
+    rewards: Rewards
+    judge: monitors.Judge | None
+    programs: Programs
+    reference: Llama
+    dtype: str
+
+    def policy(self, learners: Learners) -> Llama:
+        """The policy as a model of its own."""
+        params, lora = learners.policy.params, self.config.lora
+        return merge(self.reference, params, lora) if lora.rank else params
+
+
+def open_stage(config: PPOConfig, workdir: str) -> Stage:
+    """Checks the config and all that it names, opens the workdir, loads the models.
+
+    Raises:
+      UserError: any mistake in the config, a model, the prompts or the workdir.
+    """
+    check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety')
+    monitors.check_judge(config.judge, config.prompts.mixture)
+    models = {'init_from': config.init_from} | config.rewards.models
+    models |= {'judge': config.judge} if config.judge not in ('', 'oracle') else {}
+    tokenizer = common_tokenizer(models)
+    mesh = set_mesh(config.mesh)
+    source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
+    check_shapes(config, source.config, value.config, mesh)
+    data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
+    path, begun = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
+    made = made_from.of_models(models | {'value_from': config.value_from})
+    record_inputs(path, made | made_from.of_mixture('prompts.mixture', config.prompts.mixture), begun)
+    compute = config.compute.on(jax.default_backend())
+    rewards = open_rewards(config.rewards, tokenizer)
+    reference, _ = load_model(config.init_from, compute.dtype)
+    say(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
+    return Stage(
+        config, path, mesh, data,
+        engine=Engine(reference, tokenizer, batch_size=config.decode_batch, dtype=compute.dtype),
+        rewards=rewards,
+        judge=monitors.make_judge(config.judge, config.rewards.batch_size),
+        programs=build(config, source.config, value.config, compute),
+        reference=reference,
+        dtype=compute.dtype,
+    )  # fmt: skip
+
+
+def check_shapes(config: PPOConfig, model: ModelConfig, value: ModelConfig, mesh: Mesh) -> None:
+    """Raises a UserError where models, mesh and config do not go together."""
+    shapes = ('init_from', model), ('value_from', value)
+    check_room(config.prompts.longest, config.max_new_tokens, shapes)
+    for _, shape in shapes:
+        check_mesh(mesh, shape, config.minibatch_size, 1, config.length)
+
+
+def begin(stage: Stage) -> Learners:
+    """Learners before the first step: the policy is the reference; the value model is the reward model's trunk, its head zero."""
+    config = stage.config
+    if config.lora.rank:
+        params = jax.jit(lambda key: make_adapters(stage.engine.config, config.lora, key))(jax.random.key(config.seed))
+    else:
+        params, _ = load_model(config.init_from, 'float32')
+    if not config.has_value:
+        return stage.programs.init(params, None)
+    value, _ = load_score_model(config.value_from or config.rewards.helpfulness, 'float32')
+    return stage.programs.init(params, zero_head(value))
+
+
+def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple[Learners, dict[str, float]]:
+    """One iteration: sample answers, score them, compute advantages, take a step on each minibatch."""
+    clock = monitors.Clock()
+    rollouts = roll_out(stage, learners, number, clock)
+    batch = to_mesh(pad_rollouts(rollouts, stage.config.length), stage.mesh)
+    minibatches, statistics = stage.programs.prepare(learners, (stage.reference, np.float32(beta), batch))
+    statistics = jax.device_get(statistics)
+    clock.lap('prepare')
+    base_model, steps = stage.reference if stage.config.lora.rank else None, []
+    for minibatch in minibatches:
+        learners, found = stage.programs.update(learners, (base_model, minibatch))
+        steps.append(found)
+    steps = jax.device_get(steps)
+    clock.lap('update')
+    for step in steps:
+        if not all(finite for name, finite in step.items() if name.endswith('finite')):
+            losses = ', '.join(f'{name} {loss}' for name, loss in step.items() if name.endswith('loss'))
+            raise UserError(
+                f'Iteration {number}: the loss or gradient of a step is not finite ({losses}). '
+                f'The last checkpoint and the answers in {stage.path / "rollouts"} are sound.'
+            )
+    means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if not name.endswith('finite')}
+    first = {'first_ratio_error': float(steps[0]['policy/ratio_error']), 'first_clipped': float(steps[0]['policy/clipped'])}
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    line = figures(rollouts) | {name: float(value) for name, value in statistics.items()} | first | means
+    return learners, line | clock.figures(tokens) | {'memory_gb': monitors.peak_memory()}
+
+
+def roll_out(stage: Stage, learners: Learners, number: int, clock: monitors.Clock) -> list[Rollout]:
+    """The scored answers of an iteration; those of a run that was killed are read back."""
+    config, path = stage.config, stage.path / 'rollouts' / f'{number:06}.jsonl'
+    if path.exists():
+        return read_rollouts(path)
+    stage.engine.load(stage.policy(learners))
+    clock.lap('reshard')
+    rollouts = sample_and_score(stage, stage.data.batch(number - 1), config.samples, f'{config.seed} {number}', clock)
+    write_rollouts(path, rollouts)
+    return rollouts
+
+
+def sample_and_score(stage: Stage, prompts: Sequence[Prompt], samples: int, seed: str, clock: monitors.Clock) -> list[Rollout]:
+    """Scored answers of the engine's policy, `samples` neighbours for each prompt."""
+    config = stage.config
+    settings = {'max_new_tokens': config.max_new_tokens, 'temperature': config.temperature, 'seed': seed, 'count': samples}
+    answers = [(prompt, sample) for prompt, drawn in sample_answers(stage.engine, prompts, **settings) for sample in drawn]
+    clock.lap('generate')
+    rollouts = stage.rewards(answers)
+    clock.lap('score')
+    return rollouts
+
+
+def evaluate(
+    stage: Stage, learners: Learners, number: int, lines: Sequence[Mapping[str, Any]], report: Report
+) -> dict[str, float]:
+    """Scores answers to held-out prompts, sampled with the same seeds each time; saves the model if its score is the best."""
+    config, clock = stage.config, monitors.Clock()
+    stage.engine.load(stage.policy(learners))
+    rollouts = sample_and_score(stage, stage.data.heldout[: config.eval_prompts], 1, f'{config.seed} heldout', clock)
+    found = {'score_error': monitors.standard_error([rollout.score for rollout in rollouts]), **figures(rollouts)}
+    if stage.judge:
+        judged = stage.judge(rollouts)
+        found |= {'judge': float(np.mean(judged)), 'judge_error': monitors.standard_error(judged)}
+    report.sample(number, show(rollouts[:SHOWN]))
+    best = monitors.best_evaluation(lines)
+    if best is None or found['score'] > best['heldout/score']:
+        provenance = {'stage': 'ppo', 'parent': config.init_from, 'step': number}
+        save_model(stage.path / 'model', stage.policy(learners), stage.engine.tokenizer, provenance, chat=True)
+    return {f'heldout/{name}': value for name, value in found.items()}
 
 
 def run(config: PPOConfig, workdir: str) -> Learners:
-    """Trains, or continues, in `workdir`; `workdir/model` is the policy that did best on held-out prompts.
+    """Trains, or resumes, in `workdir`; `workdir/model` is the policy with the best score on held-out prompts.
 
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir; a loss that is not finite; an alarm, if so asked.
     """
     stage = open_stage(config, workdir)
-    path, every = stage.path, config.eval_every
-    retention = {'keep_last': config.keep_last, 'keep_best': False}
+    path, retention = stage.path, {'keep_last': config.keep_last, 'keep_best': False}
     with Watch() as watch, no_space_is_said(path), Checkpoints(path / 'checkpoints', **retention) as checkpoints:
         learners, saved = checkpoints.restore(stage.programs.abstract) or (begin(stage), {'beta': config.beta, 'progress': {}})
         beta, progress = saved['beta'], Progress(**saved['progress'])
@@ -57,20 +459,23 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 lines.append({'step': 0} | evaluate(stage, learners, 0, lines, report))
                 report.write(lines[0])
             for number in range(progress.step + 1, config.iterations + 1):
-                if out_of_patience(config, lines):
+                if monitors.out_of_patience(lines, config.patience):
                     report.say(f'The held-out score has not risen for {config.patience} evaluations.')
                     break
                 watch.at(number)
                 learners, line = iterate(stage, learners, beta, number)
                 last = number == config.iterations
-                if number % every == 0 or last:
+                if number % config.eval_every == 0 or last:
                     line |= evaluate(stage, learners, number, lines, report)
                 line = report.count(number, int(line['length'] * config.batch_size + 0.5)) | {'beta': beta} | line
                 lines.append(line)
                 report.write(line)
-                say_alarms(stage, lines, report)
+                for fault in monitors.alarms(lines, stage.dtype):
+                    if config.alarms == 'stop':
+                        raise UserError(f'Iteration {number}: {fault}. --set alarms=warn continues anyway.')
+                    report.say(f'ALARM Iteration {number}: {fault}.')
                 if config.kl_target:
-                    beta = adapted(beta, line['kl'], config.kl_target, config.batch_size, config.kl_horizon)
+                    beta = monitors.adaptive_beta(beta, line['kl'], config.kl_target, config.batch_size, config.kl_horizon)
                 stop = interruption.reached(number)
                 if stop or last or number % config.checkpoint_every == 0:
                     report.flush()
@@ -78,165 +483,7 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 if stop:
                     leave(number, config.iterations, checkpoints, report, interruption.code)
     if is_main_process():
-        plot(lines, path / 'reward_kl.png')
-    best = best_evaluation(lines)
+        monitors.plot(lines, path / 'reward_kl.png')
+    best = monitors.best_evaluation(lines)
     say(f'The model of iteration {best["step"]}, held-out score {best["heldout/score"]:.4f}, is in {path / "model"}.')
     return learners
-
-
-def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple[Learners, dict[str, float]]:
-    """One iteration: answers, rewards, advantages, and a step on each minibatch."""
-    clock = Clock()
-    rollouts = roll_out(stage, learners, number, clock)
-    minibatches, seen = stage.programs.prepare(
-        learners, (stage.reference, np.float32(beta), to_mesh(arrange(rollouts, stage.config), stage.mesh))
-    )
-    seen = jax.device_get(seen)
-    clock.lap('prepare')
-    frozen, steps = stage.reference if stage.config.lora.rank else None, []
-    for minibatch in minibatches:
-        learners, moved = stage.programs.update(learners, (frozen, minibatch))
-        steps.append(moved)
-    steps = jax.device_get(steps)
-    clock.lap('update')
-    for step in steps:
-        if not all(finite for name, finite in step.items() if name.endswith('finite')):
-            losses = ', '.join(f'{name} {loss}' for name, loss in step.items() if name.endswith('loss'))
-            raise UserError(
-                f'Iteration {number}: the loss or gradient of a step is not finite ({losses}). '
-                f'The last checkpoint and the answers in {stage.path / "rollouts"} are sound.'
-            )
-    moved = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if not name.endswith('finite')}
-    first = {'first_ratio_error': float(steps[0]['policy/ratio_error']), 'first_clipped': float(steps[0]['policy/clipped'])}
-    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    line = figures(rollouts) | {name: float(value) for name, value in seen.items()} | first | moved
-    return learners, line | clock.figures(tokens) | {'memory_gb': memory()}
-
-
-def roll_out(stage: Stage, learners: Learners, number: int, clock: 'Clock') -> list[Rollout]:
-    """The answers of an iteration and their scores; those of a run that was killed are there already."""
-    config, path = stage.config, stage.path / 'rollouts' / f'{number:06}.jsonl'
-    if path.exists():
-        return read_rollouts(path)
-    stage.engine.load(policy(stage, learners))
-    clock.lap('reshard')
-    rollouts = draw(stage, stage.data.batch(number - 1), config.samples, f'{config.seed} {number}', clock)
-    write_rollouts(path, rollouts)
-    return rollouts
-
-
-def draw(stage: Stage, prompts: Sequence[Any], samples: int, seed: str, clock: 'Clock') -> list[Rollout]:
-    """Answers to each prompt from the engine's policy, one prompt's after the other's, scored."""
-    config = stage.config
-    settings = {'max_new_tokens': config.max_new_tokens, 'temperature': config.temperature, 'seed': seed, 'count': samples}
-    answers = [(prompt, sample) for prompt, drawn in sample_answers(stage.engine, prompts, **settings) for sample in drawn]
-    clock.lap('generate')
-    rollouts = stage.rewards(answers)
-    clock.lap('score')
-    return rollouts
-
-
-def arrange(rollouts: Sequence[Rollout], config: PPOConfig) -> dict[str, np.ndarray]:
-    """This process's rows: tokens int32, answer bool and logprobs float32 [b, L+1], the engine's; score float32 [b].
-
-    Prompts begin at 0 and answers follow at once; what pads a row on the right is known by its length.
-    """
-    rows = len(rollouts) // jax.process_count()
-    mine = rollouts[jax.process_index() * rows : (jax.process_index() + 1) * rows]
-    shape = (rows, config.length + 1)
-    tokens, answer, logprobs = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
-    for row, rollout in enumerate(mine):
-        start, end = len(rollout.prompt.token_ids), len(rollout.prompt.token_ids) + len(rollout.token_ids)
-        tokens[row, :start], tokens[row, start:end] = rollout.prompt.token_ids, rollout.token_ids
-        answer[row, start:end], logprobs[row, start:end] = True, rollout.logprobs
-    score = np.array([rollout.score for rollout in mine], np.float32)
-    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score}
-
-
-def evaluate(
-    stage: Stage, learners: Learners, number: int, lines: Sequence[Mapping[str, Any]], report: Report
-) -> dict[str, float]:
-    """Answers to held-out prompts, drawn as in training, always with the same seeds; the best policy so far becomes the model."""
-    config = stage.config
-    stage.engine.load(policy(stage, learners))
-    rollouts = draw(stage, stage.data.heldout[: config.eval_prompts], 1, f'{config.seed} heldout', Clock())
-    found = {'score_error': _error([rollout.score for rollout in rollouts]), **figures(rollouts)}
-    if stage.judge:
-        judged = stage.judge(rollouts)
-        found |= {'judge': float(np.mean(judged)), 'judge_error': _error(judged)}
-    report.sample(number, show(rollouts[:SHOWN]))
-    best = best_evaluation(lines)
-    if best is None or found['score'] > best['heldout/score']:
-        provenance = {'stage': 'ppo', 'parent': config.init_from, 'step': number}
-        save_model(stage.path / 'model', policy(stage, learners), stage.engine.tokenizer, provenance, chat=True)
-    return {f'heldout/{name}': value for name, value in found.items()}
-
-
-def _error(values: Sequence[float]) -> float:
-    """Of the mean."""
-    return float(np.std(values) / len(values) ** 0.5)
-
-
-def say_alarms(stage: Stage, lines: Sequence[Mapping[str, Any]], report: Report) -> None:
-    """Says what is wrong, or stops for it."""
-    for fault in alarms(lines, stage.dtype):
-        sentence = f'Iteration {lines[-1]["step"]}: {fault}.'
-        if stage.config.alarms == 'stop':
-            raise UserError(f'{sentence} --set alarms=warn goes on nevertheless.')
-        report.say(f'ALARM {sentence}')
-
-
-def out_of_patience(config: PPOConfig, lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last `patience` evaluations have not been better than the best before them."""
-    best = best_evaluation(lines)
-    since = [line for line in lines if 'heldout/score' in line and line['step'] > best['step']]
-    return 0 < config.patience <= len(since)
-
-
-class Clock:
-    """Seconds of the phases of an iteration."""
-
-    def __init__(self):
-        self._seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What went by since the last call belongs to this phase."""
-        now = time.perf_counter()
-        self._seconds[phase], self._last = now - self._last, now
-
-    def figures(self, tokens: int) -> dict[str, float]:
-        """Seconds and answers' tokens a second of each phase."""
-        seconds = {f'seconds/{phase}': time for phase, time in self._seconds.items()}
-        return seconds | {f'tokens_per_second/{phase}': tokens / time for phase, time in self._seconds.items() if time}
-
-
-def memory() -> float:
-    """The most that was in use at once, GB: of a device, or of the process where devices do not tell."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats['peak_bytes_in_use'] / 1e9 if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws score and judge against the KL from the reference."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5))
-    axes = figure.add_subplot(xlabel='KL from the reference (nats an answer)', ylabel='score')
-    trained = [line for line in lines if 'kl' in line]
-    axes.plot([line['kl'] for line in trained], [line['score'] for line in trained], '.', markersize=3, label='score of a batch')
-    seen = [{'kl': 0.0} | line for line in lines if 'heldout/score' in line]  # before the first iteration there is none
-    axes.plot([line['kl'] for line in seen], [line['heldout/score'] for line in seen], 'o-', label='held-out score')
-    handles = axes.get_legend_handles_labels()[0]
-    if any('heldout/judge' in line for line in seen):
-        other = axes.twinx()
-        other.set_ylabel('judge')
-        handles += other.plot(
-            [line['kl'] for line in seen],
-            [line['heldout/judge'] for line in seen],
-            's--',
-            color='tab:red',
-            label='held-out, by the judge',
-        )
-    axes.legend(handles=handles, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(handles))  # clear of both scales
-    save_figure(figure, path)

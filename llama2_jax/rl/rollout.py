@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
@@ -155,6 +156,23 @@ def sample_answers(
         for number, prompt in enumerate(prompts)
     ]
     return zip(prompts, engine.generate(requests), strict=True)
+
+
+def pad_rollouts(rollouts: Sequence[Rollout], length: int) -> dict[str, np.ndarray]:
+    """This process's rows: tokens int32, answer bool and the engine's logprobs float32, [b, L+1]; score float32 [b].
+
+    Prompts begin at 0 and answers follow at once; rows are padded on the right.
+    """
+    rows = len(rollouts) // jax.process_count()
+    mine = rollouts[jax.process_index() * rows : (jax.process_index() + 1) * rows]
+    shape = (rows, length + 1)
+    tokens, answer, logprobs = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, np.float32)
+    for row, rollout in enumerate(mine):
+        start, end = len(rollout.prompt.token_ids), len(rollout.prompt.token_ids) + len(rollout.token_ids)
+        tokens[row, :start], tokens[row, start:end] = rollout.prompt.token_ids, rollout.token_ids
+        answer[row, start:end], logprobs[row, start:end] = True, rollout.logprobs
+    score = np.array([rollout.score for rollout in mine], np.float32)
+    return {'tokens': tokens, 'answer': answer, 'logprobs': logprobs, 'score': score}
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:

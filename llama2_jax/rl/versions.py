@@ -25,8 +25,8 @@ from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl import collect, ppo, rejection
 from llama2_jax.rl.collect import CollectConfig
-from llama2_jax.rl.ppo_setup import check_judge
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl.monitors import check_judge
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rollout import RewardsConfig, Rollout, by_oracle, open_rewards, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.runtime import barrier, is_main_process, say
@@ -151,7 +151,7 @@ def check(config: RlhfConfig) -> None:
     tokenizer = common_tokenizer(models | {f'sample_from[{i}]': model for i, model in enumerate(config.sample_from)})
     for record in read_records(config.evaluation):
         read_prompt(record, tokenizer)
-    check_judge(config.ppo)
+    check_judge(config.ppo.judge, config.ppo.prompts.mixture)
     if config.ghost_after:
         check_inputs(config, 'ghost.dialogs')
     if config.distill_before:

@@ -26,7 +26,7 @@ from llama2_jax.inference.open import note_llama2
 from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
 from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.model.lora import Adapters, LoraConfig, adapt, in_eight_bits, make_adapters, merge
+from llama2_jax.model.lora import Adapters, LoraConfig, in_eight_bits, make_adapters, merge, with_adapters
 from llama2_jax.planning import aot
 from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
 from llama2_jax.runtime.workdir import open_run, record_inputs
@@ -240,17 +240,12 @@ def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -
         frozen, batch = given
 
         def loss(params, microbatch):
-            return token_loss(compute, whole(frozen, params, config.lora), microbatch)
+            return token_loss(compute, with_adapters(frozen, params, config.lora), microbatch)
 
         update = make_step(loss, optimizer, schedule(config.optimizer, steps), config.accumulation)
         return update(state, split(batch, mask_documents=True))
 
     return jax.eval_shape(init), jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
-
-
-def whole(frozen: Llama | None, params: Llama | Adapters, lora: LoraConfig) -> Llama:
-    """The model that is trained: the parameters themselves, or the frozen model with them as its adapters."""
-    return params if frozen is None else adapt(frozen, params, lora)
 
 
 def heldout_loss(config: SftConfig, compute: Compute) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -259,7 +254,7 @@ def heldout_loss(config: SftConfig, compute: Compute) -> Callable[..., tuple[jax
     @jax.jit
     def loss_and_tokens(frozen: Llama | None, params: Llama | Adapters, batch: Batch) -> tuple[jax.Array, jax.Array]:
         batch = split(batch, mask_documents=True)
-        model = whole(frozen, params, config.lora)
+        model = with_adapters(frozen, params, config.lora)
         nats = jax.lax.map(partial(token_loss, compute, model), microbatches(batch, config.accumulation))
         return nats.sum(), batch['weights'].sum()
 

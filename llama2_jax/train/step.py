@@ -101,3 +101,10 @@ def microbatches(batch: Batch, count: int) -> Batch:
         return x.reshape(shape, out_sharding=placed).swapaxes(0, 1)
 
     return jax.tree.map(cut, dict(batch))
+
+
+def minimise(objective: Callable, state: State, optimizer: optax.GradientTransformation) -> tuple[State, dict[str, jax.Array]]:
+    """One step down an objective, parameters -> (loss, figures); the state stays where the loss or gradient is not finite."""
+    (loss, statistics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    state, found = descend(state, loss, gradients, optimizer)
+    return state, statistics | found

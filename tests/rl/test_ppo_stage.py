@@ -16,7 +16,7 @@ from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.lora import LoraConfig
 from llama2_jax.rl import ppo
-from llama2_jax.rl.ppo_update import PPOConfig
+from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rollout import RewardsConfig, read_rollouts
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig
@@ -143,8 +143,8 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
         ppo.run(some, tmp_path / 'run')
     monkeypatch.setattr(ppo, 'write_rollouts', write)
     drawn = []
-    draw = ppo.draw
-    monkeypatch.setattr(ppo, 'draw', lambda *given: drawn.append(given[3]) or draw(*given))
+    draw = ppo.sample_and_score
+    monkeypatch.setattr(ppo, 'sample_and_score', lambda *given: drawn.append(given[3]) or draw(*given))
     again = ppo.run(some, tmp_path / 'run')
     assert drawn == ['0 heldout', '0 3', '0 heldout']  # the second answers were there
     shutil.rmtree(tmp_path / 'run/checkpoints/3')
@@ -162,7 +162,7 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
 def prepared(home, some, rollouts, change=lambda batch: batch):
     """The minibatches and figures of one batch, under the run's first learners."""
     stage = ppo.open_stage(some, home / 'prepared')
-    batch = change(ppo.arrange(rollouts, some))
+    batch = change(ppo.pad_rollouts(rollouts, some.length))
     given = stage.reference, np.float32(some.beta), ppo.to_mesh(batch, stage.mesh)
     return jax.device_get(stage.programs.prepare(ppo.begin(stage), given))
 

@@ -18,8 +18,7 @@ from llama2_jax.mesh import BATCH_AXES, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.reward import ScoreModel
 from llama2_jax.planning import aot
-from llama2_jax.rl.ppo_setup import check
-from llama2_jax.rl.ppo_update import PPOConfig, build
+from llama2_jax.rl.ppo import PPOConfig, build, check_shapes
 from llama2_jax.train.devices import abstract_batch
 
 
@@ -90,7 +89,7 @@ def dry_run(config: PPOConfig, topology: str | None) -> Plan:
     value = shape_of(config.value_from) if config.value_from else score
     devices = aot.topology_devices(topology) if topology else None
     mesh, decoding = make_mesh(config.mesh, devices), decoding_mesh(model, devices)
-    check(config, model, value, mesh)
+    check_shapes(config, model, value, mesh)
     compute = config.compute.on(mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
         programs = build(config, model, value, compute)
