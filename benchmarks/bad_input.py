@@ -26,6 +26,7 @@ STAGES = (
     *('train_tokenizer', 'pretrain', 'sft', 'reward_model', 'rejection_sampling', 'ppo', 'rlhf', 'ghost_attention'),
     *('context_distillation', 'collect_preferences'),
 )
+UNCOMPILED = ('train_tokenizer', 'rlhf', 'ghost_attention', 'context_distillation', 'collect_preferences')  # without --dry_run
 SECONDS = 30  # a command that takes longer counts as one without an end
 
 
@@ -80,9 +81,7 @@ def bad_stage(stage: str) -> Iterator[Row]:
     yield Row(stage, (f'--workdir={"x" * 300}',), 'x' * 50)
     yield Row(stage, (work, '--topology=v5e:1x1'), '--topology')
     yield Row(stage, (work, '--dry_run', '--topology='), '--topology')
-    yield Row(
-        stage, (work, '--dry_run', '--topology=v9:1x1'), '' if stage in ('train_tokenizer', 'collect_preferences') else 'v9'
-    )
+    yield Row(stage, (work, '--dry_run', '--topology=v9:1x1'), '' if stage in UNCOMPILED else 'v9')
 
 
 def numbers(config: typing.Any, prefix: str = '') -> Iterator[tuple[str, type]]:
@@ -130,10 +129,15 @@ def bad_sources() -> Iterator[Row]:
         'jsonl:rows.jsonl:nan': 'nan', 'jsonl:rows.jsonl@0': '@0',
         'gs://absent-bucket-of-nobody/x': 'gs', 'jsonl:/proc/self/mem': 'mem',
     }  # fmt: skip
+    judged = ('rewards.helpfulness=reward', 'rewards.safety=reward')
+    models = {
+        'reward_model': ('init_from=model',), 'rejection_sampling': ('sample_from=model', 'sft.init_from=model', *judged),
+        'ppo': ('init_from=model', *judged), 'context_distillation': ('model=model', 'safety=reward'),
+    }  # fmt: skip
     for stage, field in fields.items():
         for source, named in sources.items():
             if source or stage in ('pretrain', 'train_tokenizer'):
-                yield Row(stage, ('--workdir=new', *setting(f'{field}={source}')), named)
+                yield Row(stage, ('--workdir=new', *setting(f'{field}={source}', *models.get(stage, ()))), named)
 
 
 def bad_models() -> Iterator[Row]:
@@ -255,24 +259,26 @@ def make_files(folder: Path) -> None:
         (folder / name).mkdir()
         (folder / name / 'config.json').write_text('{}')
         (folder / name / 'metrics.jsonl').write_text(line + '\n')
-    make_model(folder / 'model')
+    make_models(folder / 'model', folder / 'reward')
 
 
-def make_model(path: Path) -> None:
-    """A model of a few parameters, with a tokenizer of its own."""
+def make_models(path: Path, reward: Path) -> None:
+    """A language model and a reward model of a few parameters, with a tokenizer of their own."""
     import jax
 
     from llama2_jax import toy
     from llama2_jax.checkpoints.directory import save_model
     from llama2_jax.config import ModelConfig
     from llama2_jax.model.llama import Llama
+    from llama2_jax.model.reward import ScoreModel
     from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 
     file = path.with_name('made.model')
     documents = (text for text, _ in zip(toy.documents(toy.GENRES[0]), range(300), strict=False))
     train_tokenizer(documents, file, 384)
-    config = ModelConfig(vocab_size=384, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=64)
-    save_model(path, Llama(config, jax.random.key(0)), Tokenizer(file), {'stage': 'sft', 'parent': None, 'step': 1})
+    config = ModelConfig(vocab_size=384, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, context=512)
+    for place, model in ((path, Llama(config, jax.random.key(0))), (reward, ScoreModel(config, jax.random.key(0)))):
+        save_model(place, model, Tokenizer(file), {'stage': 'sft', 'parent': None, 'step': 1})
 
 
 def run(row: Row, folder: Path) -> str:

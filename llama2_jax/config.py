@@ -59,6 +59,19 @@ def shown(value: Any, size: int = 80) -> str:
     return text if len(text) <= size else f'{text[:size]}…'
 
 
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """The names of fields of a file that is not ours, for an error: a few short ones, with control characters escaped."""
+    names = list(names)
+    found = [name if name.isprintable() and len(name) <= 80 else shown(name) for name in names[:most]]
+    return ', '.join(found + [f'{len(names) - most} more'] * (len(names) > most)) or '(none)'
+
+
+def reason(error: Exception) -> str:
+    """What another library says is wrong, on one line."""
+    text = ' '.join(str(error).split()).removesuffix('.') or type(error).__name__
+    return text if text.isprintable() and len(text) <= 200 else shown(text, 200)
+
+
 class Config:
     """The base of all dataclasses of settings: one is made only if every number is in the range of its field."""
 

@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llama2_jax.checkpoints.load import check_given, open_model, tokenizer_of
-from llama2_jax.config import MODELS, ModelConfig, Names, UserError
+from llama2_jax.config import ModelConfig, Names, UserError
 from llama2_jax.data.comparisons import read_comparisons
 from llama2_jax.data.mixing import Component, parse_mixture
+from llama2_jax.data.prompts import read_questions
 from llama2_jax.data.schemas import read_dialogs
-from llama2_jax.data.sources import split
+from llama2_jax.data.sources import check_tfds, split
 from llama2_jax.files import locate
 from llama2_jax.text.tokenizer import Tokenizer
 
 HEADS = {'language model': 'head_DV', 'reward model': 'score_D'}
-READERS: dict[str, Callable[[str], Iterator[Any]]] = {'dialogs': read_dialogs, 'comparisons': read_comparisons}
+READERS: dict[str, Callable[[str], Iterator[Any]]] = {
+    'dialogs': read_dialogs, 'comparisons': read_comparisons, 'prompts': read_questions,
+}  # fmt: skip
 
 
 def check_inputs(config: Any, *required: str) -> None:
@@ -46,6 +49,8 @@ def check_inputs(config: Any, *required: str) -> None:
         for value in values:
             if not value or value in names.words:
                 continue
+            if names.kind == 'model':
+                check_given(field, value)
             try:
                 _check(value, names)
             except UserError as error:
@@ -70,8 +75,6 @@ def _named(config: Any, prefix: str) -> Iterator[tuple[str, tuple[tuple[str, ...
 
 def _check(value: str, names: Names) -> None:
     if names.kind == 'model':
-        if value in MODELS and not locate(value).exists():
-            return  # a size
         head = open_model(value).head
         if names.of and head != HEADS[names.of]:
             raise UserError(f'this is a {next(kind for kind in HEADS if HEADS[kind] == head)}; give a {names.of}.')
@@ -80,11 +83,14 @@ def _check(value: str, names: Names) -> None:
             raise UserError(f'there is no {names.of} in it.')
     else:
         for component in parse_mixture(value) if names.kind == 'mixture' else (Component(value),):
-            kind = component.source.partition(':')[0]
-            if kind != 'tfds':
+            kind, _, name = component.source.partition(':')
+            if kind == 'tfds':
+                check_tfds(name)
+            else:
                 split(component.source)
-            if names.of in READERS and kind not in ('tfds', 'toy') and not component.skip:
-                next(READERS[names.of](component.source), None)
+            read = kind not in ('tfds', 'toy') and not component.skip and READERS.get(names.of)
+            if read and next(read(component.source), None) is None:
+                raise UserError(f'{component.source} has no rows.')
 
 
 def common_tokenizer(models: Mapping[str, str]) -> Tokenizer:

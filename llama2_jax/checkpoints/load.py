@@ -91,7 +91,7 @@ def with_padding(source: Source) -> Source:
 
 def check_given(option: str, model: str) -> None:
     """Raises a UserError where an option names no model to begin with, or a size, which has no weights."""
-    if not model or (model in MODELS and not Path(model).exists()):
+    if not model or (model in MODELS and not locate(model).exists()):
         why = 'is a size, which is enough for --dry_run only' if model else 'names no model'
         raise UserError(f'{option}={model} {why}: give a model directory.')
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llama2_jax.config import UserError, nearest
+from llama2_jax.config import UserError, nearest, shown
 from llama2_jax.data import schemas, sources
 from llama2_jax.data.schemas import Fields, field, format_of, messages, number
 
@@ -62,7 +62,8 @@ def to_comparisons(record: sources.Record) -> Read:
         record, FORMATS, 'preferences', "{'prompt': [{'role': 'user', 'content': …}], 'chosen': text, 'rejected': text}"
     )
     kept, dropped = [], []
-    found = format.convert(record.fields, record.where)
+    with schemas.row_errors(record.where):
+        found = format.convert(record.fields, record.where)
     for comparison in found:
         reason = comparison if isinstance(comparison, str) else 'tie' if comparison is None else _why_not(comparison)
         if reason:
@@ -96,7 +97,7 @@ def _pair(asked: str):
         for name in ('chosen', 'rejected'):
             value = field(fields, name, where)
             if not isinstance(value, str | list | dict):
-                raise UserError(f'{where}: {name!r} is {value!r}, neither a text nor a list of objects.')
+                raise UserError(f'{where}: {name!r} is {shown(value)}, neither a text nor a list of objects.')
             answer = (schemas.transcript(value) if isinstance(value, str) else None) or schemas.answer(value, where, name)
             bare = [message for message in prompt if message['role'] != 'system']
             again = next((start for start in (prompt, bare) if start and answer[: len(start)] == start), [])
@@ -123,7 +124,7 @@ def _choice(fields: schemas.Fields, name: str, valid: Sequence[Any], where: str)
     if value is None or (value in valid and isinstance(value, type(valid[0]))):
         return value
     help = nearest(value, valid) if isinstance(value, str) and isinstance(valid[0], str) else f'valid: {valid}.'
-    raise UserError(f'{where}: {name} is {value!r}; {help}')
+    raise UserError(f'{where}: {name} is {shown(value)}; {help}')
 
 
 def _parted(

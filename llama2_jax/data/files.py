@@ -3,6 +3,7 @@
 Everything streams but a JSON array. A file whose name promises another format than its content has is refused by name.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from llama2_jax.config import UserError
+from llama2_jax.config import UserError, reason
 
 HEAD = 1024  # bytes that tell formats apart
 MAGIC = {
@@ -31,6 +32,9 @@ SUFFIXES = {
     '.ndjson': 'JSON', '.csv': 'csv', '.tsv': 'csv', '.txt': 'text',
 }  # fmt: skip
 PACKED = ('gzip', 'zstd')
+# A file of which a few bytes become gigabytes is made to fill the memory. Text shrinks to a tenth, seldom to a hundredth.
+MAX_GROWTH, FREE_GROWTH = 200, 2**26
+BATCH = 64  # rows of a table that are objects at once: each may hold the same long text of a dictionary
 BOM = b'\xef\xbb\xbf'
 
 
@@ -46,11 +50,6 @@ def open_file(path: str) -> BinaryIO:
       UserError: the name promises another format than the content has, or while reading: the file is damaged.
     """
     raw = open_raw(path)
-    try:
-        raw.peek(HEAD)
-    except OSError as error:
-        raw.close()
-        raise UserError(f'{path} cannot be read: {error.strerror}.') from None
     found, promised = looks_like(raw.peek(HEAD)[:HEAD]), SUFFIXES.get(PurePath(path).suffix.lower())
     if promised in PACKED and raw.peek(1) and found != promised:
         raw.close()
@@ -62,6 +61,15 @@ def open_file(path: str) -> BinaryIO:
     if file.peek(3)[:3] == BOM:
         file.read(3)
     return file
+
+
+@contextlib.contextmanager
+def read_errors(path: str) -> Iterator[None]:
+    """Turns what the system says against opening or reading a file into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror or reason(error)}.') from None
 
 
 def open_raw(path: str) -> io.BufferedReader:
@@ -102,7 +110,7 @@ class _Unpacked(io.RawIOBase):
     """The decompressed bytes of a file, with errors that name it."""
 
     def __init__(self, path: str, raw: BinaryIO, format: str):
-        self._path, self._raw, self._format = path, raw, format
+        self._path, self._raw, self._format, self._size = path, raw, format, 0
         self._file = gzip.GzipFile(fileobj=raw) if format == 'gzip' else pa.CompressedInputStream(pa.PythonFile(raw), 'zstd')
 
     def readable(self) -> bool:
@@ -115,10 +123,18 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer) -> int:
         try:
             data = self._file.read(len(buffer))
-        except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
-            raise UserError(f'{self._path} is a corrupt or half-written {self._format} file: {error}.') from error
+        except (EOFError, MemoryError, OSError, zlib.error, pa.ArrowException) as error:
+            raise UserError(f'{self._path} is a corrupt or half-written {self._format} file: {reason(error)}.') from error
+        self._size += len(data)
+        check_growth(self._path, self._size, self._raw.tell())
         buffer[: len(data)] = data
         return len(data)
+
+
+def check_growth(path: str, size: int, packed: int) -> None:
+    """Raises a UserError for a file of which `packed` bytes become so many more that it can only be meant to do harm."""
+    if size > max(FREE_GROWTH, MAX_GROWTH * packed):
+        raise UserError(f'{path} holds {size} bytes or more in {packed}: unpack it, and look at what it is, if it is to be read.')
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -127,7 +143,7 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     Raises:
       UserError: a format that holds no rows, another one than the name promises, or a damaged file.
     """
-    with open_file(path) as file:
+    with read_errors(path), open_file(path) as file:
         head = file.peek(HEAD)[:HEAD]
         found, promised = looks_like(head), _promised(path)
         if found == 'text' and promised in ('JSON', 'csv'):  # the rows will say what is wrong
@@ -170,7 +186,7 @@ def parse(data: bytes, where: str) -> Any:
     except UnicodeEncodeError as error:
         raise UserError(f'{where} holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which is not text.') from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{where} is not JSON: {error}.') from error
+        raise UserError(f'{where} is not JSON: {reason(error)}.') from error
     return value
 
 
@@ -186,11 +202,17 @@ def _csv(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
                 if row:
                     yield f'{path}:{reader.line_num + 1}', dict(zip(names, row, strict=True)) if len(row) == len(names) else row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'{path} is no CSV file in UTF-8: {error}.') from error
+        raise UserError(f'{path} is no CSV file in UTF-8: {reason(error)}.') from error
 
 
 def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    yield from _batches(path, lambda: pa.parquet.ParquetFile(file).iter_batches(1024))
+    def batches() -> Iterator[pa.RecordBatch]:
+        table = pa.parquet.ParquetFile(file)
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        check_growth(path, sum(group.total_byte_size for group in groups), file.seek(0, io.SEEK_END))
+        return table.iter_batches(BATCH)
+
+    yield from _batches(path, batches)
 
 
 def _arrow(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -207,11 +229,13 @@ def _batches(path: str, open) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for batch in open():
-            for row in batch.to_pylist():
-                yield f'{path} row {number}', row
-                number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path} is corrupt or half-written at row {number}: {error}.') from error
+            batch.validate(full=True)  # offsets outside of the buffers crash the process otherwise
+            for start in range(0, len(batch), BATCH):
+                for row in batch.slice(start, BATCH).to_pylist():
+                    yield f'{path} row {number}', row
+                    number += 1
+    except (pa.ArrowException, MemoryError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} is corrupt or half-written at row {number}: {reason(error)}.') from error
 
 
 _READERS = {'JSON': _json, 'csv': _csv, 'parquet': _parquet, 'arrow': _arrow}

@@ -5,12 +5,12 @@ Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and 
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
 
-from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.config import Config, Names, UserError, between, listed, shown
 from llama2_jax.data import comparisons, schemas
 from llama2_jax.data.dialogs import held_out, question, shuffled
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
@@ -142,13 +142,27 @@ def read_prompt(record: Record, tokenizer) -> Prompt:
       UserError: naming the row and what is wrong with it.
     """
     fields, where = record.fields, record.where
-    messages = _question(record)
+    with schemas.row_errors(where):
+        messages = _question(record)
     schemas.check(messages, where)
     token_ids = encode_prompt(messages, tokenizer, where)
     if not isinstance(fields.get('is_safety', False), bool):
-        raise UserError(f'{where}: "is_safety" is {fields["is_safety"]!r}, not true or false.')
+        raise UserError(f'{where}: "is_safety" is {shown(fields["is_safety"])}, not true or false.')
     messages = [{'role': message['role'], 'content': message['content']} for message in messages]
     return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where)
+
+
+def read_questions(source: str) -> Iterator[schemas.Dialog]:
+    """The messages of the prompts of a source.
+
+    Raises:
+      UserError: naming the file, and the row that is none.
+    """
+    for record in read_records(source):
+        with schemas.row_errors(record.where):
+            messages = _question(record)
+        schemas.check(messages, record.where)
+        yield messages
 
 
 def _question(record: Record) -> schemas.Dialog:
@@ -166,7 +180,7 @@ def _question(record: Record) -> schemas.Dialog:
         schemas.recognise(record, [schemas.format_of('prompt', None, schemas.QUESTION)], 'prompts', '')
         messages = schemas.question(fields, 'prompt', where)
     else:
-        raise UserError(f"{where} is no prompt: it has no field 'messages' or 'prompt' (it has: {', '.join(fields) or 'none'}).")
+        raise UserError(f"{where} is no prompt: it has no field 'messages' or 'prompt' (it has: {listed(fields)}).")
     while len(messages) > 1 and messages[-1]['role'] == 'assistant':
         messages = messages[:-1]
     return messages

@@ -4,12 +4,14 @@ A format names the columns that it needs and those that it reads besides. A colu
 that the format does not read ends the run: it is never dropped.
 """
 
+import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from llama2_jax.config import UserError
+from llama2_jax.config import UserError, listed, reason, shown
 from llama2_jax.data import sources
 from llama2_jax.data.sources import Record, Tally
 from llama2_jax.text.dialog import SPECIAL_TAGS, check_dialog, has_special_tags
@@ -62,14 +64,13 @@ def recognise(record: Record, formats: Sequence[Format], kind: str, example: str
             break
     else:
         raise UserError(
-            f'{record.where} has the fields {", ".join(fields) or "(none)"}, which are no known format of {kind}; the plainest '
-            f'one is {example}.'
+            f'{record.where} has the fields {listed(fields)}, which are no known format of {kind}; the plainest one is {example}.'
         )
     known = format.needs | format.reads
     for name in fields.keys() - known:
         if fields[name] not in ('', [], {}) and (name in MEANING or (format.strict and name not in HARMLESS)):
             raise UserError(
-                f'{record.where}: the column {name!r} is not read beside {", ".join(sorted(format.needs))}: put it into the '
+                f'{record.where}: the column {shown(name)} is not read beside {", ".join(sorted(format.needs))}: put it into the '
                 'messages, or remove it.'
             )
     return format
@@ -96,7 +97,8 @@ def to_dialog(record: Record) -> tuple[Dialog | None, str]:
     )
     if record.fields.get('is_safe') is False:
         return None, UNSAFE
-    dialog = trimmed(format.convert(record.fields, record.where))
+    with row_errors(record.where):
+        dialog = trimmed(format.convert(record.fields, record.where))
     if not dialog:
         return None, NO_ANSWER
     check(dialog, record.where)
@@ -145,10 +147,21 @@ def check(dialog: Dialog, where: str) -> None:
 # Parts of rows
 
 
+@contextlib.contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Turns what a value of another type raises while a row is converted into a UserError that names the row."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f'{where} has the fields of a known format, and a value of another type than the format has: {reason(error)}.'
+        ) from error
+
+
 def field(fields: Fields, name: str, where: str) -> Any:
     """The value of a field that every row must have."""
     if name not in fields:
-        raise UserError(f'{where} has no field {name!r} (it has: {", ".join(fields)}).')
+        raise UserError(f'{where} has no field {name!r} (it has: {listed(fields)}).')
     return fields[name]
 
 
@@ -167,9 +180,12 @@ def number(fields: Fields, name: str, where: str) -> float:
     try:
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f'{where}: {name!r} is {value!r}, not a number.') from None
+        found = float(value)
+        if not math.isfinite(found):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f'{where}: {name!r} is {shown(value)}, not a finite number.') from None
+    return found
 
 
 def flag(fields: Fields, name: str, where: str) -> bool | None:
@@ -177,7 +193,7 @@ def flag(fields: Fields, name: str, where: str) -> bool | None:
     value = fields.get(name)
     value = {'true': True, 'false': False}.get(value.lower(), value) if isinstance(value, str) else value
     if not (value is None or isinstance(value, bool)):
-        raise UserError(f'{where}: {name} is {value!r}; valid: true, false.')
+        raise UserError(f'{where}: {name} is {shown(value)}; valid: true, false.')
     return value
 
 
@@ -190,8 +206,10 @@ def messages(value: Any, where: str, name: str) -> Dialog:
     found = []
     for i, turn in enumerate(objects(value, where, name)):
         role = turn.get('role', turn.get('from'))
-        if role not in ROLE_NAMES:
-            raise UserError(f'{where}: {name}[{i}] is from {role!r}; known: {", ".join(ROLE_NAMES)}. Tools have no place here.')
+        if not isinstance(role, str) or role not in ROLE_NAMES:
+            raise UserError(
+                f'{where}: {name}[{i}] is from {shown(role)}; known: {", ".join(ROLE_NAMES)}. Tools have no place here.'
+            )
         if called := [key for key in ('tool_calls', 'function_call') if turn.get(key)]:
             raise UserError(f'{where}: {name}[{i}] has {called[0]!r}: calls of tools have no place in the chat format.')
         content = turn.get('content', turn.get('value'))
@@ -245,7 +263,7 @@ def question(fields: Fields, name: str, where: str) -> Dialog:
     for more in ('input', 'context'):
         extra = fields.get(more, '')
         if not isinstance(extra, str):
-            raise UserError(f'{where}: {more!r} is {extra!r}, not a text.')
+            raise UserError(f'{where}: {more!r} is {shown(extra)}, not a text.')
         if extra.strip() and found and isinstance(found[-1]['content'], str):
             found[-1] = found[-1] | {'content': f'{found[-1]["content"].strip()}\n\n{extra.strip()}'}
     history = fields.get('history') or []
@@ -259,7 +277,7 @@ def with_system(dialog: Dialog, fields: Fields, where: str) -> Dialog:
     """A dialog with the text of a `system` column before it, if there is one."""
     text = next((fields[name] for name in SYSTEM if fields.get(name)), '')
     if not isinstance(text, str):
-        raise UserError(f"{where}: 'system' is {text!r}, not a text.")
+        raise UserError(f"{where}: 'system' is {shown(text)}, not a text.")
     if not text.strip():
         return dialog
     if dialog and dialog[0]['role'] == 'system':
@@ -288,7 +306,10 @@ def joined(records: Iterable[Record], rules: Sequence['Join']) -> Iterator[Recor
 
     def flush() -> Iterator[Record]:
         if group:
-            yield Record(group[0].file, group[0].where, rule.join([record.fields for record in group], group[0].where))
+            where = group[0].where
+            with row_errors(where):
+                whole = rule.join([record.fields for record in group], where)
+            yield Record(group[0].file, where, whole)
             group.clear()
 
     for record in records:

@@ -7,6 +7,7 @@ which needs a mounted bucket.
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -18,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llama2_jax.config import UserError, nearest
+from llama2_jax.config import UserError, listed, nearest, reason
 from llama2_jax.data import files
+from llama2_jax.files import JSON_BYTES, parse_json, read_whole
 
 SEPARATOR = b'<|endoftext|>'  # a line of its own between two documents of a text file
 PIECE = 16 * 1024  # bytes; a longer text document is cut into pieces of at most this
@@ -299,11 +301,15 @@ def _inside(kind: str, pattern: str) -> list[str] | str:
     folder = Path(pattern).expanduser()
     if '://' in pattern or not folder.is_dir():
         return pattern
-    listed = folder / 'state.json'  # of Hugging Face's save_to_disk
-    if listed.is_file() and 'arrow' in (text := listed.read_text(errors='replace')):
-        names = [str(folder / entry['filename']) for entry in files.parse(text.encode(), str(listed)).get('_data_files', ())]
+    state = folder / 'state.json'  # of Hugging Face's save_to_disk
+    if state.is_file() and b'_data_files' in (content := read_whole(state, JSON_BYTES)):
+        entries = parse_json(content, state).get('_data_files')
+        entries = entries if isinstance(entries, list) else [entries]
+        names = [entry.get('filename') if isinstance(entry, dict) else None for entry in entries]
+        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise UserError(f'{state} is damaged: _data_files is no list of the names of files beside it.')
         if names:
-            return names
+            return [str(folder / name) for name in names]
     found = sorted(path for path in folder.rglob('*') if path.is_file())
     found = [path for path in found if not any(name.startswith('.') for name in path.relative_to(folder).parts)]
     wanted = {'rows': lambda name: files.is_rows(name) and name not in _METADATA, 'arrayrecord': lambda name: 'arrayrec' in name}
@@ -357,7 +363,7 @@ def _read_text(path: str) -> Iterator[str]:
         offset += len(piece)
         return text
 
-    with files.open_file(path) as file:
+    with files.read_errors(path), files.open_file(path) as file:
         files.check_text(path, file.peek(files.HEAD)[: files.HEAD])
         while line := file.readline(PIECE):
             if line_start and line.rstrip(b'\r\n') == SEPARATOR:
@@ -395,7 +401,9 @@ def _array_records(path: str) -> Iterator[tuple[str, bytes]]:
             yield f'{path} record {number}', reader.read()
         reader.close()  # raises for a cut file, which claims to have no records
     except (RuntimeError, ValueError, IndexError, SystemError) as error:
-        raise UserError(f'{path} record {number} cannot be read, the file is corrupt or half-written: {error}.') from error
+        raise UserError(
+            f'{path} record {number} cannot be read, the file is corrupt or half-written: {reason(error)}.'
+        ) from error
 
 
 def _text_field(record: Record) -> str:
@@ -403,8 +411,7 @@ def _text_field(record: Record) -> str:
     if isinstance(text, bytes):
         text = text.decode()
     if not isinstance(text, str):
-        have = ', '.join(record.fields) or 'none'
-        raise UserError(f"{record.where} has no field 'text' that is a text (it has: {have}).")
+        raise UserError(f"{record.where} has no field 'text' that is a text (it has: {listed(record.fields)}).")
     try:
         text.encode()  # JSON can spell half a surrogate pair, which is no text
     except UnicodeEncodeError as error:
@@ -417,12 +424,24 @@ def _tfds_examples(name: str):
     import tensorflow_datasets as tfds
 
     dataset, _, split = name.partition('#')
-    try:
+    with _tfds_errors(name):
         return tfds.data_source(dataset, split=split or 'train')
+
+
+def check_tfds(name: str) -> None:
+    """Raises a UserError if TFDS knows no data set of this name; downloads nothing."""
+    import tensorflow_datasets as tfds
+
+    with _tfds_errors(name):
+        tfds.builder(name.partition('#')[0])
+
+
+@contextlib.contextmanager
+def _tfds_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # TFDS raises whatever its builders raise
-        raise UserError(
-            f'Source tfds:{name} cannot be opened: {str(error).splitlines()[0] if str(error) else error!r}'
-        ) from error
+        raise UserError(f'Source tfds:{name} cannot be opened: {reason(error)}.') from error
 
 
 def _tfds_rows(name: str, start: int, stop: int) -> Iterator[tuple[str, Any]]:

@@ -137,7 +137,11 @@ def make_judge(name: str) -> Judge:
         raise UserError(f'--judge={name}: there is no such judge; {nearest(kind, ("reward_model", "model", "toy"))}')
     if not path:
         raise UserError(f'--judge={name} names nothing after {kind!r}; write {kind}:DIR.')
-    if (open_model(path).head == 'score_D') != (kind == 'reward_model'):
+    try:
+        head = open_model(path).head
+    except UserError as error:
+        raise UserError(f'--judge={name}: {error}') from None
+    if (head == 'score_D') != (kind == 'reward_model'):
         raise UserError(f'--judge={name}: {path} is {"no" if kind == "reward_model" else "a"} reward model.')
     return (lambda pairs: reward_judge(path, pairs)) if kind == 'reward_model' else (lambda pairs: model_judge(path, pairs))
 

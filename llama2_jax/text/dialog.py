@@ -13,7 +13,7 @@ EOS included: these are trained on, as the same text may be encoded in other way
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama2_jax.config import UserError
+from llama2_jax.config import UserError, shown
 from llama2_jax.text import template
 from llama2_jax.text.tokenizer import Tokenizer
 
@@ -40,11 +40,12 @@ def check_dialog(messages: Messages, where: str) -> None:
             raise UserError(f"{where}: messages[{i}] is not an object with 'role' and 'content'.")
         role, content = message['role'], message['content']
         if role not in ROLES:
-            raise UserError(f'{where}: messages[{i}] has the role {role!r}; valid: {", ".join(ROLES)}.')
+            raise UserError(f'{where}: messages[{i}] has the role {shown(role)}; valid: {", ".join(ROLES)}.')
         if not isinstance(content, str) or not content.strip():
             raise UserError(f'{where}: messages[{i}] ({role}) has {"no text" if content else "empty"} content.')
         if message.get('weight', 1) not in ((0, 1) if role == 'assistant' else (1,)):
-            raise UserError(f'{where}: messages[{i}] ({role}) has weight {message["weight"]!r}; an assistant may have 0 or 1.')
+            weight = shown(message['weight'])
+            raise UserError(f'{where}: messages[{i}] ({role}) has weight {weight}; an assistant may have 0 or 1.')
         if message.get('token_ids') is not None and (role != 'assistant' or not _are_ids(message['token_ids'])):
             raise UserError(
                 f'{where}: messages[{i}] ({role}): token_ids are a list of whole numbers, and only an assistant has them.'
