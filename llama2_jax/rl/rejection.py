@@ -129,6 +129,7 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
     rewards = open_rewards(config.rewards, engine.tokenizer)
     data = PromptData(config.prompts, engine.tokenizer, batch_size=1, seed=config.seed)
     prompts = different(data.train, config.seed)[: config.count or None]
+    sft.check_warmup(config.sft, len(prompts) + sum(1 for _ in earlier_choices(config)))
     temperature = tune(config, path, engine, rewards, data.heldout[: config.tune_prompts])
     say(f'{data}\n{config.samples} answers to each of {len(prompts):,} prompts at temperature {temperature}')
     earlier, curve, counts = Earlier(config, path, rewards), RewardsByN(config.samples), collections.Counter()
@@ -199,7 +200,7 @@ class Earlier:
     def __init__(self, config: RejectionConfig, path: Path, rewards: Rewards):
         self._home, self._read = path / 'earlier', (-1, [])
         self._best: dict[bytes, tuple[float, int, int]] = {}  # prompt -> score, file, line
-        choices = (rollout for earlier in config.earlier for rollout, _ in read_choices(Path(earlier) / 'choices.jsonl'))
+        choices = earlier_choices(config)
         for number, some in enumerate(iter(lambda: list(islice(choices, FILE_PROMPTS)), [])):
             file = self._file(number)
             if not file.exists():
@@ -225,6 +226,11 @@ class Earlier:
 
     def _file(self, number: int) -> Path:
         return self._home / f'{number:05}.jsonl'
+
+
+def earlier_choices(config: RejectionConfig) -> Iterator[Rollout]:
+    """The choices of all earlier rounds, one round after the other."""
+    return (rollout for earlier in config.earlier for rollout, _ in read_choices(Path(earlier) / 'choices.jsonl'))
 
 
 def _digest(prompt: Prompt) -> bytes:

@@ -4,13 +4,17 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import multiprocessing
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -135,12 +139,36 @@ def keep_compiled() -> None:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
+class Stopped(SystemExit):
+    """SIGTERM, on its way up to `user_errors`."""
+
+
+def _leave(code: int) -> None:
+    """Ends the process without its farewell, in which XLA may crash when a call of it was interrupted."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    with contextlib.suppress(OSError):  # a pipe whose reader is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Ends the process with one sentence and exit code 1 for a UserError; other errors keep their traceback.
 
+    SIGTERM and Ctrl-C end it with 143 and 130 once open files are closed; the training loop has handlers of its own.
     One of several processes ends at once: the others may wait for it, and its farewell would wait for them.
     """
+    owner, before = os.getpid(), None
+    if threading.current_thread() is threading.main_thread():
+
+        def end(number: int, _: Any) -> None:
+            if os.getpid() != owner:  # a forked worker
+                os._exit(128 + number)
+            raise Stopped(128 + number)
+
+        before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except UserError as error:
@@ -149,13 +177,18 @@ def user_errors() -> Iterator[None]:
             os._exit(1)
         sys.exit(f'Error: {printable(str(error))}')
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(128 + signal.SIGINT)
+    except Stopped as stopped:
+        _leave(stopped.code)
     except Exception:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def is_main_process() -> bool:

@@ -100,6 +100,8 @@ def sample(config: DistillConfig, path: Path) -> list[dict[str, Any]]:
     prompts = [prompt for prompt in prompts if prompt.is_safety][: config.count or None]
     if not prompts:
         raise UserError(f"{config.prompts} has no adversarial prompts: rows with 'is_safety': true.")
+    if config.tune:
+        sft.check_warmup(config.sft, len(prompts))
     rows = resume_rows(path)
     for first in tqdm(range(len(rows), len(prompts), BLOCK), unit='block', dynamic_ncols=True, disable=not is_main_process()):
         new = sample_block(config, engine, scorer, templates, prompts[first : first + BLOCK], first)

@@ -18,6 +18,7 @@ from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, bet
 from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
 from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
+from llama2_jax.data.sources import as_source, fingerprint
 from llama2_jax.evals.ghost import TURNS, Grader, Talk, find_grader, obeyed, recall
 from llama2_jax.evals.talk import hold
 from llama2_jax.files import write_atomically
@@ -92,11 +93,16 @@ def run(config: GhostConfig, workdir: str) -> None:
     check_inputs(config, 'model', 'dialogs')
     path, begun = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
     talks, judged = read_questions(config)
+    if config.tune:
+        sft.check_warmup(config.sft, len(talks) * config.cuts)
     constraints = '' if config.constraints == 'toy' else config.constraints
     sources = made_from.of_sources('dialogs', [config.dialogs]) | made_from.of_sources('constraints', [constraints])
-    record_inputs(path, made_from.of_models({'model': config.model}) | sources, begun)
+    inputs, asked = made_from.of_models({'model': config.model}) | sources, path / 'constraints.jsonl'
+    record_inputs(path, inputs | of_asked(asked), begun)
     engine = open_engine(config.model, config.batch_size, config.int8, own_template=False)
-    kinds = open_constraints(config, engine, path / 'constraints.jsonl')
+    kinds = open_constraints(config, engine, asked)
+    if not begun:  # the model may just have been asked for its constraints
+        record_inputs(path, inputs | of_asked(asked), begun)
     rows = sample(config, engine, kinds, talks, path / 'samples.jsonl')
     write_cuts(config, rows, path / 'dialogs.jsonl')
     if not config.tune:
@@ -126,6 +132,11 @@ def read_questions(config: GhostConfig) -> tuple[list[tuple[str, ...]], list[tup
         kept = f'{len(judged)} are kept to judge by'
         raise UserError(f'{config.dialogs} has {len(texts)} dialogs of two turns or more; {kept}.')
     return talks, judged
+
+
+def of_asked(file: Path) -> dict[str, str]:
+    """The fingerprint of the constraints that the model was asked for, which people may change until dialogs are sampled."""
+    return {file.name: fingerprint(as_source(str(file)))} if file.exists() else {}
 
 
 def open_constraints(config: GhostConfig, engine: Engine, path: Path) -> Kinds:

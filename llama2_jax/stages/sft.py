@@ -169,6 +169,20 @@ def command(model: str, dialogs: Path) -> str:
     return f'python experiments/sft.py --config=… --set init_from={model} --set data.mixture=jsonl:{dialogs} --workdir=…'
 
 
+def check_warmup(config: SftConfig, dialogs: int) -> None:
+    """Raises a UserError where warm-up would take all of a run on so many dialogs, before a stage samples them.
+
+    Dialogs share rows, so a run may still turn out shorter; what was sampled is kept then. With a mixture besides, its length is
+    not known yet.
+    """
+    if config.data.mixture:
+        return
+    try:
+        schedule(config.optimizer, max(1, -(-int(config.data.epochs * dialogs) // config.batch_size)))
+    except UserError as error:
+        raise UserError(f'sft.{error} At most {dialogs:,} dialogs are sampled for it.') from None
+
+
 def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
     """Fine-tunes for another stage in `path`/sft, on `dialogs` and the mixture besides; the model becomes `path`/model."""
     mixture = ', '.join(filter(None, [config.data.mixture, f'jsonl:{dialogs}']))

@@ -6,14 +6,14 @@ from typing import Annotated
 
 from etils.epath import Path
 
-from llama2_jax import runtime
+from llama2_jax import made_from, runtime
 from llama2_jax.checkpoints.directory import check_vocabulary
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
 from llama2_jax.files import locate
 from llama2_jax.runtime import hosts
-from llama2_jax.runtime.workdir import open_workdir
+from llama2_jax.runtime.workdir import open_workdir, record_inputs
 from llama2_jax.text.tokenizer import FILE_NAME, NoText, Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
@@ -39,6 +39,7 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
     trained = (locate(workdir) / FILE_NAME).exists()
     fields = () if trained else tuple(field.name for field in dataclasses.fields(config))
     path = open_workdir(workdir, config, may_change=fields) / FILE_NAME
+    record_inputs(path.parent, made_from.of_sources('source', names), trained)
     if trained:
         runtime.say(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():

@@ -123,14 +123,18 @@ def test_a_round_and_another_that_remembers_it(home, tmp_path, monkeypatch):
     [
         ({'sample_from': '70b'}, 'sample_from=70b is a size, which is enough for --dry_run only: give a model directory'),
         ({'earlier': ('nowhere',)}, 'earlier=nowhere: there is no choices.jsonl'),
+        ({'sft': OptimizerConfig(warmup_steps=1)}, r'sft\.optimizer\.warmup_steps=1 .* 1 steps.* 2 dialogs'),
         ({'rewards': RewardsConfig(helpfulness='policy', safety='safe')}, r'rewards\.helpfulness=.*language model'),
     ],
 )
 def test_mistakes_are_named(home, tmp_path, changes, message):
     if 'rewards' in changes:
         changes = {'rewards': RewardsConfig(helpfulness=str(home / 'policy'), safety=str(home / 'safe'))}
+    if 'sft' in changes:
+        changes = {'sft': dataclasses.replace(config(home).sft, optimizer=changes['sft'])}
     with pytest.raises(UserError, match=message):
         rejection.run(config(home, count=2, **changes), tmp_path / 'run')
+    assert not (tmp_path / 'run/samples').exists() and not (tmp_path / 'run/temperature.json').exists()
 
 
 def rollout(score, text='It is.', number=0):

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -31,3 +32,27 @@ def test_accelerators_and_the_users_choice_stay(chosen, files, expected, monkeyp
         assert jax.config.jax_platforms == expected
     finally:
         jax.config.update('jax_platforms', before)
+
+
+TOOL = """
+import sys, time
+from etils.epath import Path
+from llama2_jax import runtime
+from llama2_jax.runtime.jsonl import growing
+with runtime.user_errors(), growing(Path(sys.argv[1])) as add:
+    runtime.start()
+    add({'id': 0}, {'id': 1})
+    print('ready', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_tool_that_is_stopped_keeps_its_rows_and_prints_no_traceback(number, code, tmp_path):
+    command = [sys.executable, '-c', TOOL, str(tmp_path / 'rows.jsonl')]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'ready\n'
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (code, '')
+    assert (tmp_path / 'rows.jsonl').read_text() == '{"id": 0}\n{"id": 1}\n'

@@ -8,18 +8,24 @@ import pytest
 
 from llama2_jax import made_from, toy
 from llama2_jax.config import UserError
+from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.inference.engine import Sample
 from llama2_jax.safety import context_distillation
 from llama2_jax.safety.context_distillation import DistillConfig, prefixed, read_templates
 from llama2_jax.safety.preprompts import TEMPLATES, preprompt
+from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.toy.oracle import Oracle
+from llama2_jax.train.optimizer import OptimizerConfig
 
 PROMPTS = [
     {'messages': [{'role': 'user', 'content': f'How do I do harm {i}?'}], 'is_safety': i % 3 > 0, 'category': 'illicit'}
     for i in range(30)
 ]
+
+
+LONG_WARMUP = SftConfig(data=DialogConfig(mixture=''), batch_size=8, optimizer=OptimizerConfig(warmup_steps=5))
 
 
 @pytest.fixture(scope='module')
@@ -115,6 +121,7 @@ def test_what_is_refused(run, tmp_path):
         ({'safety': ''}, 'safety= names no model'),
         ({'samples': 0}, 'samples is 0'),
         ({'templates': f'jsonl:{tmp_path}/t.jsonl'}, r't\.jsonl:1 is no template'),
+        ({'tune': True, 'sft': LONG_WARMUP}, r'sft\.optimizer\.warmup_steps=5 .* 5 steps.*20 dialogs'),  # before it samples
         ({'prompts': f'jsonl:{tmp_path}/plain.jsonl'}, "no adversarial prompts: rows with 'is_safety': true"),
     ):
         with pytest.raises(UserError, match=message):

@@ -17,9 +17,12 @@ from llama2_jax.evals.talk import hold
 from llama2_jax.inference.engine import Sample
 from llama2_jax.stages import ghost
 from llama2_jax.stages.ghost import GhostConfig, cut, ghost_dialog, plan
+from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.toy.instructions import KINDS, dress, obeys, parse
+from llama2_jax.train.optimizer import OptimizerConfig
 
+LONG_WARMUP = SftConfig(data=DialogConfig(mixture=''), batch_size=8, optimizer=OptimizerConfig(warmup_steps=16))
 TALKS = [tuple(f'Question {i} {turn}?' for turn in range(20)) for i in range(40)]
 ANSWER = 'It is so.'
 
@@ -223,6 +226,7 @@ def test_what_is_refused(run):
         ({'grader': 'toys'}, 'grader=toys is not toy, mentions or module:function'),
         ({'grader': 'json:none'}, 'grader=json:none is not toy'),
         ({'tune': True, 'judged': 40}, r'40 dialogs of two turns or more; 40 are kept to judge by'),
+        ({'tune': True, 'judged': 8, 'cuts': 2, 'sft': LONG_WARMUP}, 'optimizer.warmup_steps=16 .*64 dialogs'),
         ({'constraints': ''}, 'answers .* with no list: give --set constraints=jsonl:FILE'),
     ):
         with pytest.raises(UserError, match=message):
@@ -240,11 +244,26 @@ def test_lists_that_the_model_makes(run, tmp_path):
     assert list(kinds) == ['hobby', 'language', 'figure'] and {kind.values for kind in kinds.values()} == {
         ('Alpha', 'Beta Gamma')
     }
+    run(answer, constraints='', grader='mentions')  # again
+    with (tmp_path / 'gatt/constraints.jsonl').open('a') as file:
+        file.write('{"kind": "hobby", "values": ["Chess", "Go"]}\n')
+    with pytest.raises(UserError, match=r'constraints\.jsonl .*has changed'):
+        run(answer, constraints='', grader='mentions')
     texts = [row['messages'][0]['content'] for row in rows]
     assert any('Figure: Beta Gamma.' in text for text in texts) and any('You enjoy Alpha.' in text for text in texts)
     assert find_grader('mentions')(Instruction('figure', 'Napoleon'), 'As napoleon, I say no.')
     assert not find_grader('mentions')(Instruction('figure', 'Napoleon'), 'As Napoleons do.')
     assert parse_list('Sure!\n\n* a, b\n') == ['Sure!', 'a, b']
+
+
+def test_given_lists_that_change(run, tmp_path):
+    rows = tmp_path / 'c.jsonl'
+    rows.write_text('{"kind": "hobby", "values": ["Chess", "Go"]}\n')
+    settings = {'constraints': f'jsonl:{rows}', 'grader': 'mentions', 'samples': 1, 'most': 1}
+    run(**settings)
+    rows.write_text('{"kind": "hobby", "values": ["Chess", "Skat"]}\n')
+    with pytest.raises(UserError, match=r'constraints=jsonl:.*c\.jsonl .*has changed'):
+        run(**settings)
 
 
 def test_given_lists(tmp_path):

@@ -23,7 +23,7 @@ def corpus(tmp_path):
 def test_trains_on_files(corpus, tmp_path, capsys):
     config = TokenizerConfig(corpus, vocab_size=300)
     tokenizer = stage.run(config, str(tmp_path / 'tok'))
-    assert sorted(p.name for p in (tmp_path / 'tok').iterdir()) == ['.lock', 'config.json', 'tokenizer.model']
+    assert sorted(p.name for p in (tmp_path / 'tok').iterdir()) == ['.lock', 'config.json', 'inputs.json', 'tokenizer.model']
     assert json.loads((tmp_path / 'tok/config.json').read_text())['source'] == corpus
     assert tokenizer.vocab_size == Tokenizer(tmp_path / 'tok').vocab_size == 300
     texts = [(tmp_path / 'corpus' / name).read_text(encoding='utf-8') for name in ('a.txt', 'b.txt')]
@@ -42,6 +42,15 @@ def test_again_keeps_what_is_there(corpus, tmp_path, capsys):
     assert 'already trained' in capsys.readouterr().out
     with pytest.raises(UserError, match='vocab_size=300, and this one has vocab_size=310'):
         stage.run(TokenizerConfig(corpus, vocab_size=310), str(tmp_path / 'tok'))
+
+
+def test_text_that_has_changed_is_noticed(corpus, tmp_path):
+    config = TokenizerConfig(corpus, vocab_size=300)
+    stage.run(config, str(tmp_path / 'tok'))
+    with (tmp_path / 'corpus/b.txt').open('a') as file:
+        file.write('more\n')
+    with pytest.raises(UserError, match=r'source=text:.*has changed'):
+        stage.run(config, str(tmp_path / 'tok'))
 
 
 def test_a_vocabulary_that_was_too_large_can_be_set_right(corpus, tmp_path):
