@@ -72,7 +72,7 @@ def test_notebooks_fetch_the_project_from_its_address():
     for path in sorted((ROOT / 'notebooks').glob('*.ipynb')):
         first, install = (''.join(cell['source']) for cell in json.loads(path.read_text())['cells'][:2])
         assert f'{address.replace("github.com", "colab.research.google.com/github")}/blob/main/notebooks/{path.name}' in first
-        assert f"'{address}'" in install and 'input(' not in install and 'torch' not in install
+        assert f"SOURCE = 'git+{address}'" in install and 'input(' not in install and 'torch' not in install
 
 
 def test_versions_of_package_citation_and_changelog_agree():
