@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # See llama2_jax/memory.py.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=16000000000
 
-.PHONY: help demo test slow core setup lock
+.PHONY: help demo test slow core docs setup lock
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
@@ -34,6 +34,10 @@ $(VENV)/tests: $(VENV)/torch
 	$(PIP) --constraint $(VENV)/locked.txt -e '.[test]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/locked.txt
+	$(PIP) --constraint $(VENV)/locked.txt -e '.[docs]'
+	touch $@
+
 EXPORT := --no-hashes --no-emit-project --no-annotate --no-header
 
 lock: $(VENV)/locked.txt  ## the newest versions that pyproject.toml admits become those of uv.lock and requirements.txt
@@ -51,6 +55,9 @@ test: $(VENV)/tests  ## ruff, and all tests but the slow ones
 
 slow: $(VENV)/tests  ## the slow tests: real sizes compiled for TPU pods, wide layers converted, processes killed, notebooks, the README's commands
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m slow
+
+docs: $(VENV)/docs  ## the site of docs/, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # What shows that a line of versions works: the model, its meshes, its files, sampling, PPO, the package, the TPU compiler.
 CORE := tests/test_parity.py tests/test_sharding.py tests/train/test_checkpoint.py tests/inference/test_engine.py \

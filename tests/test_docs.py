@@ -29,6 +29,7 @@ ROUND = ('count=48', 'samples=2', 'temperatures=1.0,', 'sft.grade=false', 'sft.d
 ITERATION = ('iterations=1', 'batch_size=8', 'minibatch_size=4', 'eval_prompts=4')
 PAIRS = ('data.epochs=0.1', 'batch_size=16', 'optimizer.warmup_steps=1', 'loop.eval_every=0', 'eval_batches=1')
 REWARDS = ('rewards.helpfulness=rm-help/model', 'rewards.safety=rm-safe/model')
+RUN = ('README.md', 'toy_recipe.md')  # pages whose commands and Python run, see test_readme_and_toy_recipe_run
 SMALLER = {
     'train_tokenizer.py': settings('vocab_size=512'),
     'pretrain.py': settings(
@@ -126,6 +127,17 @@ def test_python_in_the_pages_finds_what_it_imports():
         assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
+def test_python_is_where_it_runs():
+    assert [page.name for page in PAGES if any(language == 'python' for language, _ in commands.blocks(page))] == ['README.md']
+
+
+def test_prose_wraps_at_100_columns():
+    prose = re.compile(r'^(?![|#<]|    ).{101,}$', re.MULTILINE)
+    for page in PAGES:
+        text = re.sub(r'^ *```.*?^ *```|https?://\S+|\]\(\S+\)', '', page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert [line for line in prose.findall(text) if ' ' in line[:100].strip()] == [], page.name
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r'\]\((?!http)([^)#]+)', page.read_text()):
@@ -147,8 +159,8 @@ def smaller(words):
 
 
 @pytest.mark.slow
-def test_the_readme_runs(tmp_path):
-    """Top to bottom, but for what needs weights or data that only others have."""
+def test_readme_and_toy_recipe_run(tmp_path):
+    """Every command that needs no weights or data of others, in an order in which each finds its inputs; then the Python."""
     for name in ('experiments', 'llama2_jax'):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'corpus').mkdir()
@@ -160,10 +172,11 @@ def test_the_readme_runs(tmp_path):
     waiting = [
         smaller(words)
         for page, words in PROGRAMS
-        if page == 'README.md'
+        if page in RUN
         and Path(words[1]).name in SMALLER
         and not any(re.match('--(dry_run|topology|config=(?!tiny)|workdir=demo)', word) for word in words)
     ]
+    waiting = [words for number, words in enumerate(waiting) if words not in waiting[:number]]
     done = set()
     while runnable := [words for words in waiting if not misses(words, tmp_path)]:  # some need what comes later on the page
         words = runnable[0]
@@ -176,5 +189,9 @@ def test_the_readme_runs(tmp_path):
     assert done == set(SMALLER)
     left = {name for words in waiting for name in misses(words, tmp_path)}
     assert left <= {'llama2-7b', 'Llama-2-7b-hf', 'prompts.jsonl'}, left
+    (tmp_path / 'demo').symlink_to(tmp_path)
+    [program] = [text for language, text in commands.blocks(ROOT / 'README.md') if language == 'python']
+    result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and re.search(r'\[-?[\d.]+\]$', result.stdout), result.stderr[-2000:]
     assert (tmp_path / 'out-hf' / 'model.safetensors').exists()
     assert (tmp_path / 'versus' / 'versus.json').exists() and (tmp_path / 'rlhf' / 'versions.md').exists()
