@@ -57,7 +57,7 @@ slow: $(VENV)/tests  ## the slow tests: real sizes compiled for TPU pods, wide l
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m slow
 
 docs: $(VENV)/docs  ## the site of docs/, in site/; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What shows that a line of versions works: the model, its meshes, its files, sampling, PPO, the package, the TPU compiler.
 CORE := tests/test_parity.py tests/test_sharding.py tests/train/test_checkpoint.py tests/inference/test_engine.py \

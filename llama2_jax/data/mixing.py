@@ -46,8 +46,8 @@ def parse_mixture(mixture: str) -> tuple[Component, ...]:
 
     Numbers are fractions: `0.1` is 1/10. A trailing `:number` is an amount, never a TFDS version.
 
-    >>> parse_mixture('toy:documents, text:books/*.txt:2.5@4')[1]
-    Component(source='text:books/*.txt', weight=Fraction(5, 2), epochs=Fraction(4, 1), times=Fraction(1, 1), skip=0, entry=())
+        >>> parse_mixture('toy:documents, text:books/*.txt:2.5@4')[1]
+        Component(source='text:books/*.txt', weight=Fraction(5, 2), epochs=Fraction(4, 1), times=Fraction(1, 1), skip=0, entry=())
 
     Raises:
       UserError: an empty mixture, an amount or epoch limit that is not positive, the same source twice.
@@ -87,9 +87,9 @@ def amounts(components: Sequence[Component], counts: Sequence[int], epochs: Frac
     Raises:
       UserError: shares beside whole sources that leave nothing for these.
 
-    >>> a, b = parse_mixture('a, b:0.1')
-    >>> amounts([a, b], [900, 5000], Fraction(1))
-    [Fraction(900, 1), Fraction(100, 1)]
+        >>> a, b = parse_mixture('a, b:0.1')
+        >>> amounts([a, b], [900, 5000], Fraction(1))
+        [Fraction(900, 1), Fraction(100, 1)]
     """
     entries: dict[tuple[str, ...], list[int]] = {}
     for i, component in enumerate(components):
@@ -155,9 +155,9 @@ def water_fill(components: Sequence[Component], counts: Sequence[int], rows: int
     Raises:
       UserError: if all sources together have too few sequences within their limits, with the numbers.
 
-    >>> a, b = Component('a', Fraction(3), epochs=Fraction(2)), Component('b', Fraction(1))
-    >>> water_fill([a, b], [30, 1000], rows=100)  # a would give 75, but has 2 * 30
-    [Fraction(3, 5), Fraction(2, 5)]
+        >>> a, b = Component('a', Fraction(3), epochs=Fraction(2)), Component('b', Fraction(1))
+        >>> water_fill([a, b], [30, 1000], rows=100)  # a would give 75, but has 2 * 30
+        [Fraction(3, 5), Fraction(2, 5)]
     """
     caps = [None if c.epochs is None else math.floor(c.epochs * n) for c, n in zip(components, counts, strict=True)]
     fixed: dict[int, Fraction] = {}
@@ -187,8 +187,8 @@ class Interleave:
     and after `rows` rows a source with a whole number of them has given exactly that. `grain.MapDataset.mix` does the same with
     shares rounded to a hundredth of the smallest, which is too coarse to keep an epoch limit.
 
-    >>> [Interleave([Fraction(1, 4), Fraction(3, 4)], 8)[row] for row in range(5)]
-    [(0, 0), (1, 0), (1, 1), (1, 2), (0, 1)]
+        >>> [Interleave([Fraction(1, 4), Fraction(3, 4)], 8)[row] for row in range(5)]
+        [(0, 0), (1, 0), (1, 1), (1, 2), (0, 1)]
     """
 
     def __init__(self, shares: Sequence[Fraction], rows: int):

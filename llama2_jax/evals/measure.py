@@ -48,8 +48,10 @@ def by_group(records: Sequence[Record], figures: Callable[[Sequence[Record]], di
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of so many.
 
-    >>> [round(bound, 3) for bound in wilson(0.0, 10)]
-    [0.0, 0.278]
+    For example:
+
+        >>> [round(bound, 3) for bound in wilson(0.0, 10)]
+        [0.0, 0.278]
     """
     z = 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)

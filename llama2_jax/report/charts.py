@@ -43,8 +43,10 @@ def smooth(points: Sequence[tuple[float, float]], share: float = 0.04) -> list[t
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers between two bounds.
 
-    >>> ticks(0.03, 0.92)
-    [0.2, 0.4, 0.6, 0.8]
+    For example:
+
+        >>> ticks(0.03, 0.92)
+        [0.2, 0.4, 0.6, 0.8]
     """
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10, 20) if (high - low) / (factor * step) <= count)
@@ -55,8 +57,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def short(value: float) -> str:
     """For an axis: 12k, 0.35, 4e-5.
 
-    >>> [short(value) for value in (0, 12_000, 2_500_000, 0.35, 0.00004, -3)]
-    ['0', '12k', '2.5M', '0.35', '4e-05', '-3']
+    For example:
+
+        >>> [short(value) for value in (0, 12_000, 2_500_000, 0.35, 0.00004, -3)]
+        ['0', '12k', '2.5M', '0.35', '4e-05', '-3']
     """
     for limit, letter in ((1e9, 'G'), (1e6, 'M'), (1e4, 'k')):
         if abs(value) >= limit:

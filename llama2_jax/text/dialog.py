@@ -72,8 +72,8 @@ def encode_prompt(messages: Messages, tokenizer: Tokenizer, where: str = 'The di
 
     They follow the tokenizer's own template, where it has one (`Tokenizer.prompts`), and otherwise LLaMA 2's chat format.
 
-    >>> encode_prompt([{'role': 'user', 'content': 'Hi'}], llama2)  # <s>[INST] Hi [/INST]
-    [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
+        >>> encode_prompt([{'role': 'user', 'content': 'Hi'}], llama2)  # <s>[INST] Hi [/INST]
+        [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
 
     Raises:
       UserError: what `check_dialog` finds, or the last message is not the user's.
@@ -99,8 +99,8 @@ def encode_dialog(messages: Messages, tokenizer: Tokenizer, where: str = 'The di
     Trained are the tokens of the assistant's answers and the EOS after each, unless an answer's weight is 0. The lone space that
     Meta's code writes before EOS belongs to the answer: without it the model would not learn how to get to EOS.
 
-    >>> encode_dialog([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}], llama2)[0][9:]
-    [15043, 29991, 29871, 2]
+        >>> encode_dialog([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}], llama2)[0][9:]
+        [15043, 29991, 29871, 2]
 
     Raises:
       UserError: what `check_dialog` finds, or the last message is not the assistant's.
