@@ -23,6 +23,7 @@ from llama2_jax.checkpoints.source import DTYPES
 from llama2_jax.checkpoints.verify import against_transformers
 from llama2_jax.config import UserError
 from llama2_jax.files import check_writable
+from llama2_jax.text.printable import printable
 
 INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)
 OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
@@ -53,14 +54,14 @@ def run() -> None:
     if ADAPTER.value:
         source = with_adapter(source, ADAPTER.value)
     for note in source.notes:
-        print(note)
+        print(printable(note))
     with tqdm(total=bytes_of(source), unit='B', unit_scale=True, disable=None) as bar:
         if OUTPUT.value:
             convert(source, OUTPUT.value, TO.value, DTYPE.value, int(SHARDS.value), bar.update)
         else:
             result = compare(source, open_model(AGAINST.value), bar.update)
     if OUTPUT.value:
-        print(f'{INPUT.value} ({source.form}) is written to {OUTPUT.value} ({TO.value}).')
+        print(printable(f'{INPUT.value} ({source.form}) is written to {OUTPUT.value} ({TO.value}).'))
         if VERIFY.value:
             difference = against_transformers(source, OUTPUT.value)
             print(f'transformers loads it, and what it computes differs by up to {difference:.3g}.')
@@ -69,7 +70,8 @@ def run() -> None:
         return
     for (name, layer), difference in result.differences.items():
         print(f'{name}{"" if layer is None else f" of layer {layer}"}: differs by up to {difference:.3g}')
-    print(f'Logits: {"not compared, " + result.reason if result.logits is None else f"differ by up to {result.logits:.3g}"}.')
+    compared = f'differ by up to {result.logits:.3g}' if result.logits is not None else f'not compared, {result.reason}'
+    print(printable(f'Logits: {compared}.'))
     if result.differences:
         sys.exit(f'{len(result.differences)} tensors differ.')
     print('All weights are equal.')

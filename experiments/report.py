@@ -7,6 +7,7 @@ from absl import flags
 from common import tool
 
 from llama2_jax.report.page import write_report
+from llama2_jax.text.printable import printable
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'A workdir, or a directory with workdirs in it.', required=True)
 OUTPUT = flags.DEFINE_string('output', '', 'The file to write; by default WORKDIR/report.html.')
@@ -14,7 +15,7 @@ OUTPUT = flags.DEFINE_string('output', '', 'The file to write; by default WORKDI
 
 def run() -> None:
     """Writes the file."""
-    print(f'The report is in {write_report(WORKDIR.value, OUTPUT.value)}.')
+    print(printable(f'The report is in {write_report(WORKDIR.value, OUTPUT.value)}.'))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from llama2_jax.data.pretrain import Batch, PretrainData
 from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.model.llama import Compute
 from llama2_jax.runtime import is_main_process, say
+from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.step import State
@@ -73,4 +74,5 @@ def say_heldout(workdir: Path) -> None:
         for name, loss in last.items():
             if name.startswith('heldout/') and name.endswith('/loss') and loss is not None:
                 bits = last.get(name.replace('/loss', '/bits_per_byte'))
-                print(f'{name:<48} {loss:7.4f} nats a token' + (f'   {bits:6.3f} bits a byte' if bits else ''), flush=True)
+                more = f'   {bits:6.3f} bits a byte' if bits else ''
+                print(printable(f'{name:<48} {loss:7.4f} nats a token{more}'), flush=True)

@@ -25,6 +25,7 @@ from llama2_jax.config import UserError, nearest
 from llama2_jax.files import check_name, is_remote, locate
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.runtime.workdir import check_inputs, no_space_is_said, read_inputs
+from llama2_jax.text.printable import printable
 
 # An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
 # without reading what is not wanted.
@@ -198,7 +199,8 @@ class Checkpoints:
                 copies = len(list(self.directory.glob(f'{aside.name}*')))
                 aside = aside.with_name(f'{aside.name}-{copies + 1}') if copies else aside
                 (self.directory / str(step)).rename(aside)
-                print(f'Checkpoint {step} is damaged ({damage}): moved to {aside}, continuing from step {good}.', file=sys.stderr)
+                moved = f'Checkpoint {step} is damaged ({damage}): moved to {aside}, continuing from step {good}.'
+                print(printable(moved), file=sys.stderr)
             self._retention.losses.pop(step, None)
         if damaged:
             barrier('damaged checkpoints set aside')

@@ -245,14 +245,14 @@ class Bar:
             parts.append(f'{line["tokens_per_second"]:,.0f} tokens/s')
         if line.get('mfu'):
             parts.append(f'MFU {line["mfu"]:.1%}')
-        self._tqdm.set_postfix_str(', '.join(parts))
+        self._tqdm.set_postfix_str(figures := printable(', '.join(parts), line=True))
         now = time.monotonic()
         rare = any('/' in name for name in shown)
         if self._terminal or (not rare and self._step < self._steps and now - self._printed < QUIET_SECONDS):
             return
         self._printed = now
         left = (now - self._began) / max(self._step - self._first, 1) * (self._steps - self._step)
-        print(f'step {line["step"]}/{self._steps}: {", ".join(parts)}, {tqdm.format_interval(left)} left', file=sys.stderr)
+        print(f'step {line["step"]}/{self._steps}: {figures}, {tqdm.format_interval(left)} left', file=sys.stderr)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
