@@ -51,10 +51,10 @@ def test_wins_by_hand():
 @pytest.fixture
 def called(monkeypatch):
     """What each stage of the loop is called with, (config, workdir); what the models answer."""
-    calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill', 'answer')}
+    calls = {name: [] for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'context_distillation', 'answer')}
     monkeypatch.setattr(versions, 'check', lambda config: None)  # the names here are of no models
     monkeypatch.setattr(versions.made_from, 'fingerprint', str)
-    for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'distill'):
+    for name in ('collect', 'reward', 'rejection', 'ppo', 'ghost', 'context_distillation'):
         monkeypatch.setattr(getattr(versions, name), 'run', lambda config, home, name=name: calls[name].append((config, home)))
 
     def answer(config, rewards, model, file):
@@ -119,7 +119,7 @@ def test_ghost_attention_and_distillation_where_the_paper_has_them(tmp_path, cal
         config, rejection=dataclasses.replace(config.rejection, sft=SftConfig(data=DialogConfig('jsonl:d')))
     )
     versions.run(config, tmp_path)
-    [(distilled, first)], [(haunted, third)] = called['distill'], called['ghost']
+    [(distilled, first)], [(haunted, third)] = called['context_distillation'], called['ghost']
     assert (first, third) == (f'{tmp_path}/v1/distill', f'{tmp_path}/v3/ghost')
     assert (distilled.model, distilled.safety, distilled.tune) == ('sft', 'safe', True)
     assert (haunted.model, haunted.tune) == (f'{tmp_path}/v3/model', True)
