@@ -12,10 +12,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from llama2_jax.data.cache import Cache
+from llama2_jax.data.documents import Documents, build
 from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.data.sources import read_documents
-from llama2_jax.data.tokenise import build
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 _SOURCE = flags.DEFINE_string('source', '', 'A source string; empty for 16 MB of random words.')
@@ -34,7 +33,7 @@ def _random_words(path: Path, megabytes: int) -> str:
     return f'text:{path}'
 
 
-def _build(source: str, tokenizer: Tokenizer, root: Path, workers: int) -> tuple[Cache, float]:
+def _build(source: str, tokenizer: Tokenizer, root: Path, workers: int) -> tuple[Documents, float]:
     start = time.perf_counter()
     cache = build(source, tokenizer, root / f'workers-{workers}', heldout=0.01, workers=workers)
     return cache, time.perf_counter() - start

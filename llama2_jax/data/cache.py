@@ -1,35 +1,41 @@
 """The token cache on disk, read at random places; `data/tokenise.py` builds it.
 
-A cache is a directory that belongs to one source, one tokenizer and one held-out share. Each part of the source
-(`sources.split`) becomes `train-<part>.arrayrecord` and `heldout-<part>.arrayrecord`: records of RECORD tokens, little-endian,
-the last one shorter. The files of a split in order are one stream of tokens. `<part>.json` says that a part is finished and
-`meta.json`, written last, that the cache is whole.
+A cache is a directory that belongs to the content of one source, one tokenizer and some settings. Each part of the source
+(`sources.split`) becomes one file for each column, `<column>-<part>.arrayrecord`: records of RECORD items, little-endian, the
+last one shorter. The files of a column in order are one stream. `<part>.json` says that a part is finished and `meta.json`,
+written last, that the cache is whole.
 """
 
 import collections
+import contextlib
+import fcntl
 import hashlib
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from llama2_jax.config import UserError
+from llama2_jax.data.sources import Tally
 from llama2_jax.files import read_json
 
-SPLITS = ('train', 'heldout')
-RECORD = 8192  # tokens
+RECORD = 8192  # items
 OPEN_FILES = 64  # of one stream; each holds 8 bytes a record, so a stream of 2T tokens in 1,024 files takes 120 MB
 RANDOM_ACCESS = 'readahead_buffer_size:0,max_parallelism:0'  # ArrayRecord's options for it
+ANY = 2**62  # bad rows: who asks for the rows says how many may be skipped
 
 
 class TokenStream:
-    """The tokens of one split of a cache as one long array on disk. Safe to share between threads and to send to processes."""
+    """A column of a cache as one long array on disk. Safe to share between threads and to send to processes."""
 
-    def __init__(self, directory: Path, files: list[str], tokens: list[int], dtype: str):
-        self._directory, self._files, self._dtype = directory, files, np.dtype(dtype)
-        self._ends = np.cumsum(np.asarray(tokens, np.int64))
+    def __init__(self, directory: Path, files: list[str], items: list[int], dtype: np.dtype):
+        self._directory, self._files, self._dtype = directory, files, dtype
+        self._ends = np.cumsum(np.asarray(items, np.int64))
         self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -43,11 +49,13 @@ class TokenStream:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, uint16 or uint32.
+        """Items [start, stop) of the stream, such as tokens: uint16 or uint32.
 
         Raises:
           UserError: for a record that is damaged or lacking, naming file, record and the way out.
         """
+        if start == stop:
+            return np.empty(0, self._dtype)
         pieces = []
         for file, first, last in self._pieces(start, stop):
             records = self._records(file, first // RECORD, (last - 1) // RECORD + 1)
@@ -106,36 +114,78 @@ class TokenStream:
 
 
 class Cache:
-    """A finished cache: `train` and `heldout` streams, and counts by split.
+    """A finished cache, which nobody removes while it is open.
 
     Attributes:
       directory: where it lies.
-      documents, tokens, bytes: dicts by split; bytes are of the documents' UTF-8 text.
-      empty: documents that were skipped because they hold nothing but white space.
-      fingerprint: the number of all tokens and a hash of them, taken when they were written.
+      streams: the columns by name.
+      counts: what its encoder counted.
+      tally: what became of rows.
+      digest: a hash of all items, taken when they were written.
+
+    Raises:
+      UserError: it is not whole, or damaged.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._hold = Hold(directory)
         meta = read_json(directory / 'meta.json', limit=2**30)
         parts = meta['parts']
-        self.documents, self.tokens, self.bytes = (
-            {split: sum(part[split][key] for part in parts) for split in SPLITS} for key in ('documents', 'tokens', 'bytes')
-        )
-        self.empty = sum(part['empty'] for part in parts)
-        digest = hashlib.blake2b(''.join(part['digest'] for part in parts).encode(), digest_size=8).hexdigest()
-        self.fingerprint = f'{sum(self.tokens.values()):,} tokens, {digest}'
-        self.train, self.heldout = (
-            TokenStream(
+        self.streams = {
+            name: TokenStream(
                 directory,
-                [file_name(split, i) for i in range(len(parts))],
-                [part[split]['tokens'] for part in parts],
-                meta['dtype'],
+                [file_name(name, i) for i in range(len(parts))],
+                [part['items'][name] for part in parts],
+                as_dtype(form),
             )
-            for split in SPLITS
-        )
+            for name, form in meta['columns'].items()
+        }
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.tally = Tally(ANY)
+        for part in parts:
+            self.counts.update(part['counts'])
+            self.tally.add(as_tally(part['tally']))
+        self.digest = hashlib.blake2b(''.join(part['hash'] for part in parts).encode(), digest_size=8).hexdigest()
 
 
-def file_name(split: str, part: int) -> str:
-    """The file of one part of a split, in the cache directory."""
-    return f'{split}-{part:05d}.arrayrecord'
+def as_dtype(form: Any) -> np.dtype:
+    """The dtype that JSON holds as numpy's `str` or `descr`."""
+    return np.dtype(form if isinstance(form, str) else [tuple(tuple(x) if isinstance(x, list) else x for x in f) for f in form])
+
+
+def as_tally(value: dict[str, Any]) -> Tally:
+    """The tally that JSON holds."""
+    return Tally(ANY, list(value['bad']), collections.Counter(value['dropped']), value['cut'])
+
+
+def file_name(column: str, part: int) -> str:
+    """The file of one part of a column, in the cache directory."""
+    return f'{column}-{part:05d}.arrayrecord'
+
+
+class Hold:
+    """Keeps a cache directory from being removed as stale, for as long as this object lives or the `with` lasts."""
+
+    def __init__(self, directory: Path):
+        self._close = weakref.finalize(self, os.close, fd := os.open(directory, os.O_RDONLY))
+        with contextlib.suppress(OSError):  # a file system without locks, on which `is_held` finds every cache held
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._close()
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process has the cache open, or may have it: where the file system has no locks."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)

@@ -7,7 +7,6 @@ import contextlib
 import csv
 import gzip
 import io
-import itertools
 import json
 import re
 import zlib
@@ -36,6 +35,9 @@ PACKED = ('gzip', 'zstd')
 MAX_GROWTH, FREE_GROWTH = 200, 2**26
 BATCH = 64  # rows of a table that are objects at once: each may hold the same long text of a dictionary
 BOM = b'\xef\xbb\xbf'
+
+Position = tuple[int, int]  # a place in a file: bytes and lines before it
+BEGIN: Position = (0, 0)
 
 
 def is_rows(name: str) -> bool:
@@ -137,8 +139,13 @@ def check_growth(path: str, size: int, packed: int) -> None:
         raise UserError(f'{path} holds {size} bytes or more in {packed}: unpack it, and look at what it is, if it is to be read.')
 
 
-def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a file with their places, such as 'a.jsonl:17': objects, or where they are JSON lines, their bytes.
+def read_rows(path: str, start: Position = BEGIN) -> Iterator[tuple[str, Any, Position | None]]:
+    """The rows of a file: places such as 'a.jsonl:17', and objects, or where they are JSON lines, their bytes.
+
+    With each comes the position after it, if a file that has grown may be read from there on; otherwise None.
+
+    Args:
+      start: such a position.
 
     Raises:
       UserError: a format that holds no rows, another one than the name promises, or a damaged file.
@@ -152,9 +159,13 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             return
         if promised and found != promised:
             raise UserError(f'{path} looks like {found}, not like {promised} as its name says: rename it.')
-        if found not in _READERS:
+        if found not in ('JSON', *_READERS):
             raise UserError(f'{path} looks like {found}; rows are read from JSON, Parquet, Arrow and CSV.')
-        yield from _READERS[found](path, file)
+        if found == 'JSON':
+            yield from _json(path, file, start)
+        else:
+            for where, row in _READERS[found](path, file):
+                yield where, row, None
 
 
 def _promised(path: str) -> str | None:
@@ -163,18 +174,22 @@ def _promised(path: str) -> str | None:
     return inner[-1] if inner else None
 
 
-def _json(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    first, blank = file.readline(), 0
-    while first.isspace():
-        first, blank = file.readline(), blank + 1
-    if not first.lstrip().startswith(b'['):
-        for number, line in enumerate(itertools.chain([first], file), blank + 1):
-            if not line.isspace():
-                yield f'{path}:{number}', line
-        return
-    rows = parse(first + file.read(), path)
-    for number, row in enumerate(rows):
-        yield f'{path} element {number}', row
+def _json(path: str, file: BinaryIO, start: Position) -> Iterator[tuple[str, Any, Position | None]]:
+    seekable = file.seekable()  # neither gzip nor zstd
+    if start != BEGIN:
+        file.seek(start[0])
+    offset, number = file.tell() if seekable else 0, start[1]
+    first = start == BEGIN
+    for line in file:
+        offset, number = offset + len(line), number + 1
+        if line.isspace():
+            continue
+        if first and line.lstrip().startswith(b'['):
+            for i, row in enumerate(parse(line + file.read(), path)):
+                yield f'{path} element {i}', row, None
+            return
+        first = False
+        yield f'{path}:{number}', line, (offset, number) if seekable and line.endswith(b'\n') else None
 
 
 def parse(data: bytes, where: str) -> Any:
@@ -238,4 +253,4 @@ def _batches(path: str, open) -> Iterator[tuple[str, Any]]:
         raise UserError(f'{path} is corrupt or half-written at row {number}: {reason(error)}.') from error
 
 
-_READERS = {'JSON': _json, 'csv': _csv, 'parquet': _parquet, 'arrow': _arrow}
+_READERS = {'csv': _csv, 'parquet': _parquet, 'arrow': _arrow}

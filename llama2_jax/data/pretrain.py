@@ -7,7 +7,6 @@ is the step. (Under an epoch limit that binds, the shares depend on the length o
 """
 
 import dataclasses
-import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
@@ -18,9 +17,11 @@ from absl import flags
 
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data import packing
-from llama2_jax.data.cache import Cache, TokenStream
+from llama2_jax.data.cache import TokenStream
+from llama2_jax.data.documents import Documents, build
 from llama2_jax.data.mixing import Interleave, as_shares, parse_mixture, source_seed, water_fill
-from llama2_jax.data.tokenise import build, end_with_parent
+from llama2_jax.data.tokenise import default_root
+from llama2_jax.data.workers import end_with_parent
 
 Batch = dict[str, np.ndarray]
 THREADS = 1  # reading ahead; more only take the interpreter from each other, unless the disk is slow
@@ -103,7 +104,7 @@ class PretrainData:
         self._batch_size, self._rows, self._steps = batch_size, batch_size // process_count, steps
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
-        root = config.cache_dir or os.environ.get('LLAMA2_JAX_CACHE') or '~/.cache/llama2_jax'
+        root = config.cache_dir or default_root()
         self._caches = [
             build(
                 component.source,
@@ -234,7 +235,7 @@ class _Sequences:
         return self[grain.experimental.index_shuffle(i, max_index=self._count - 1, seed=0, rounds=4)]
 
 
-def _check_count(source: str, cache: Cache, count: int) -> None:
+def _check_count(source: str, cache: Documents, count: int) -> None:
     if not count:
         raise UserError(
             f'Source {source} has no documents to train on '

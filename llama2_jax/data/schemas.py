@@ -13,6 +13,7 @@ from typing import Any
 
 from llama2_jax.config import UserError, listed, reason, shown
 from llama2_jax.data import sources
+from llama2_jax.data.files import Position
 from llama2_jax.data.sources import Record, Tally
 from llama2_jax.text.dialog import SPECIAL_TAGS, check_dialog, has_special_tags
 
@@ -304,22 +305,19 @@ def joined(records: Iterable[Record], rules: Sequence['Join']) -> Iterator[Recor
     """Rows that follow each other and belong together become one, by the first rule whose columns they have."""
     rule, key, group = None, None, []
 
-    def flush() -> Iterator[Record]:
+    def flush(end: Position | None = None) -> Iterator[Record]:  # None: a group at the end may go on in a file that has grown
         if group:
             where = group[0].where
             with row_errors(where):
                 whole = rule.join([record.fields for record in group], where)
-            yield Record(group[0].file, where, whole)
+            yield Record(group[0].file, where, whole, end)
             group.clear()
 
     for record in records:
-        try:
-            found = next((r for r in rules if r.needs <= record.fields.keys()), None) if rules else None
-        except UserError:
-            found = None
+        found = next((rule for rule in rules if rule.fits(record)), None)
         this = found and (record.file, found, str(record.fields.get(found.key)))
-        if this != key or not found:
-            yield from flush()
+        if group and this != key:
+            yield from flush(group[-1].end)
         rule, key = found, this
         if found:
             group.append(record)
@@ -335,6 +333,15 @@ class Join:
     needs: frozenset[str]
     key: str
     join: Callable[[list[Fields], str], dict[str, Any]]
+
+    def fits(self, record: Record) -> bool:
+        """Whether a row has these columns."""
+        if isinstance(record.value, bytes) and not all(f'"{name}"'.encode() in record.value for name in self.needs):
+            return False  # without the time that it takes to parse it
+        try:
+            return self.needs <= record.fields.keys()
+        except UserError:
+            return False
 
 
 def _tree(rows: list[Fields], where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ class Record:
     file: str
     where: str
     value: Any
+    end: files.Position | None = None  # from which a file that has grown may be read
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -107,6 +109,7 @@ class Part:
       stamp: changes when the content may have: sizes and times of the files, versions.
       bytes: size of the files as they lie, 0 if unknown; None where reading needs more bytes than the files have (gz).
       start, stop: range of examples (tfds only).
+      seed: Seed of the order of the documents within the part; that of a file does not depend on the files beside it.
     """
 
     kind: str
@@ -115,9 +118,20 @@ class Part:
     bytes: int | None = 0
     start: int = 0
     stop: int = 0
+    seed: int = dataclasses.field(default=0, repr=False)
 
-    def documents(self, tally: Tally | None = None) -> Iterator[str]:
-        """The documents, streamed; empty ones too.
+    @property
+    def grows(self) -> bool:
+        """Whether it is one file, not compressed, to which more may be appended."""
+        return self.kind in ('text', 'rows') and len(self.names) == 1 and self.bytes is not None
+
+    def documents(
+        self, start: files.Position = files.BEGIN, tally: Tally | None = None
+    ) -> Iterator[tuple[str, files.Position | None]]:
+        """The documents, streamed, empty ones too, each with the position after it as `files.read_rows` has it.
+
+        Args:
+          start: Where to begin in a part that grows.
 
         Raises:
           UserError: a row without text, if there are more than `tally` allows (by default none).
@@ -127,20 +141,21 @@ class Part:
 
             if self.names[0] in toy.RECORDS:
                 raise UserError(f'Source toy:{self.names[0]} holds records, not documents.')
-            yield from toy.documents(self.names[0])
+            for text in toy.documents(self.names[0]):
+                yield text, None
         elif self.kind == 'text':
             for name in self.names:
-                yield from _read_text(name)
+                yield from _read_text(name, start)
         else:
-            for record in self.records():
+            for record in self.records(start):
                 try:
                     text = _text_field(record)
                 except UserError as error:
                     (tally or Tally()).refuse(error)
                 else:
-                    yield text
+                    yield text, record.end
 
-    def records(self) -> Iterator[Record]:
+    def records(self, start: files.Position = files.BEGIN) -> Iterator[Record]:
         """The rows, streamed. What is wrong with one is found when its fields are read.
 
         Raises:
@@ -161,8 +176,8 @@ class Part:
             raise UserError(f'Source text:{name} is plain text; records are read from rows:, arrayrecord:, tfds: and toy:.')
         else:
             for name in self.names:
-                for where, value in _array_records(name) if self.kind == 'arrayrecord' else files.read_rows(name):
-                    yield Record(name, where, value)
+                for row in _array_records(name) if self.kind == 'arrayrecord' else files.read_rows(name, start):
+                    yield Record(name, *row)
 
 
 def skipped(bad: list[str]) -> str:
@@ -188,7 +203,8 @@ def read_documents(source: str, tally: Tally | None = None) -> Iterator[str]:
       UserError: unknown kind, nothing there, or a corrupt file, naming file and line, byte or record.
     """
     for part in split(source):
-        yield from part.documents(tally)
+        for text, _ in part.documents(tally=tally):
+            yield text
 
 
 def fingerprint(source: str) -> str:
@@ -199,15 +215,43 @@ def fingerprint(source: str) -> str:
     """
     digest, size = hashlib.blake2b(digest_size=8), 0
     for part in split(source):
-        if part.kind in ('toy', 'tfds'):  # which have versions
-            digest.update(repr(part).encode())
-            continue
-        for name in part.names:
-            with files.open_raw(name) as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-                    size += len(block)
+        for block in _blocks(part):
+            digest.update(block)
+            size += len(block) * (part.kind not in VERSIONED)
     return f'{size:,} bytes, {digest.hexdigest()}' if size else digest.hexdigest()
+
+
+def absolute(source: str) -> str:
+    """A source string that means the same in every directory."""
+    kind, _, name = source.partition(':')
+    return source if kind in VERSIONED or '://' in name else f'{kind}:{os.path.abspath(os.path.expanduser(name))}'
+
+
+def content(part: Part, prefix: int = 0) -> tuple[str, str]:
+    """Hashes of the content of a part, and of its first `prefix` bytes ('' if it has fewer); a versioned one is its version."""
+    digest, size, first = hashlib.blake2b(digest_size=16), 0, ''
+    for block in _blocks(part):
+        if size <= prefix <= size + len(block):
+            start = digest.copy()
+            start.update(block[: prefix - size])
+            first = start.hexdigest()
+        digest.update(block if block or len(part.names) == 1 else repr(size).encode())  # where one file ends, if there are more
+        size += len(block)
+    return digest.hexdigest(), first
+
+
+VERSIONED = ('toy', 'tfds')
+
+
+def _blocks(part: Part) -> Iterator[bytes]:
+    if part.kind in VERSIONED:
+        yield repr(part).encode()
+        return
+    for name in part.names:
+        with files.open_raw(name) as file:
+            while block := file.read(2**20):
+                yield block
+        yield b''
 
 
 def split(source: str) -> list[Part]:
@@ -237,7 +281,9 @@ def _split_files(kind: str, pattern: str) -> list[Part]:
     found = list(_glob(_inside(reader, pattern)))
     if not found:
         raise UserError(f'Source {kind}:{pattern} matches no file.')
-    target = max(PART, sum(size for _, size, _ in found) // PARTS)
+    target, size = PART, sum(size for _, size, _ in found)
+    while target * PARTS < size:  # by doubling, so that a file more rarely changes how the others are put together
+        target *= 2
     parts, group, total = [], [], 0
     for file in found:
         group.append(file)
@@ -259,7 +305,7 @@ def _split_toy(kind: str, name: str) -> list[Part]:
         path.read_bytes() for path in sorted(Path(toy.__file__).parent.glob('*.py'))
     )  # generated: its code is its content
     stamp = hashlib.sha256(code).hexdigest()
-    return [Part(kind, (genre,), stamp) for genre in (toy.GENRES if name == 'documents' else (name,))]
+    return [Part(kind, (genre,), stamp, seed=i) for i, genre in enumerate(toy.GENRES if name == 'documents' else (name,))]
 
 
 def _split_tfds(kind: str, name: str) -> list[Part]:
@@ -267,7 +313,7 @@ def _split_tfds(kind: str, name: str) -> list[Part]:
     total = len(examples)
     size = max(EXAMPLES, -(-total // PARTS))
     stamp = f'{examples.dataset_info.full_name} {total}'
-    return [Part(kind, (name,), stamp, 0, start, min(start + size, total)) for start in range(0, total, size)]
+    return [Part(kind, (name,), stamp, 0, start, min(start + size, total), start // size) for start in range(0, total, size)]
 
 
 _SPLITTERS: dict[str, Callable[[str, str], list[Part]]] = {
@@ -348,9 +394,12 @@ def _glob(pattern: list[str] | str) -> Iterator[tuple[str, int, int]]:
 # Reading
 
 
-def _read_text(path: str) -> Iterator[str]:
-    """Documents of a text file: parted by lines that are `<|endoftext|>`, long ones cut by `_cut`; nothing else is dropped."""
-    buffer, offset, line_start = bytearray(), 0, True
+def _read_text(path: str, start: files.Position) -> Iterator[tuple[str, files.Position | None]]:
+    """Documents of a text file: parted by lines that are `<|endoftext|>`, long ones cut by `_cut`; nothing else is dropped.
+
+    Reading may begin where a line does, after a document.
+    """
+    buffer, offset, line_start = bytearray(), start[0], True
 
     def decode(end: int) -> str:
         nonlocal offset
@@ -365,17 +414,24 @@ def _read_text(path: str) -> Iterator[str]:
 
     with files.read_errors(path), files.open_file(path) as file:
         files.check_text(path, file.peek(files.HEAD)[: files.HEAD])
+        seekable = file.seekable()
+        if offset:
+            file.seek(offset)
+        elif seekable:
+            offset = file.tell()  # after a byte order mark
         while line := file.readline(PIECE):
             if line_start and line.rstrip(b'\r\n') == SEPARATOR:
-                yield decode(len(buffer))
+                text = decode(len(buffer))
                 offset += len(line)
+                yield text, (offset, 0) if seekable and line.endswith(b'\n') else None
                 continue
             buffer += line
             line_start = line.endswith(b'\n')
             while len(buffer) > PIECE:
-                yield decode(_cut(buffer))
+                text = decode(_cut(buffer))
+                yield text, (offset, 0) if seekable and text.endswith('\n') else None
     if buffer:
-        yield decode(len(buffer))
+        yield decode(len(buffer)), None
 
 
 def _cut(buffer: bytearray) -> int:

@@ -1,29 +1,24 @@
 """Builds token caches (`data/cache.py`): a source is tokenised once, in parallel, by all processes of a run.
 
-This process reads documents and writes records, others tokenise, so that one large `.gz` keeps all cores busy. What is built
-depends only on the source, not on how many processes or hosts build it. A build that was killed goes on with the parts it had
-not finished.
+This process reads documents or rows and writes records, others tokenise, so that one large `.gz` keeps all cores busy. What is
+built depends only on the source, not on how many processes or hosts build it, nor on earlier caches. A build that was killed
+resumes with the missing parts. Unchanged parts are taken from an earlier cache of the same source, and of a file that has
+grown all but its last chunk; that cache is then removed, unless a process has it open.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
+import shutil
 import time
-import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -31,29 +26,82 @@ from tqdm import tqdm
 
 from llama2_jax.config import UserError
 from llama2_jax.data import sources
-from llama2_jax.data.cache import RECORD, SPLITS, Cache, file_name
+from llama2_jax.data.cache import ANY, RECORD, Hold, TokenStream, as_tally, file_name, is_held
+from llama2_jax.data.files import BEGIN, Position
+from llama2_jax.data.sources import Part, Tally
+from llama2_jax.data.workers import run_in_order
 
-FORMAT = 2  # change it when the same source would be cut or stored differently
-CHUNK = 2**20  # characters of text that a process tokenises at once; documents are shuffled within a chunk
-FEW = 4  # chunks: a source no larger than this is tokenised in this process, for starting others takes seconds
+FORMAT = 3  # change it when the same source would be read, cut or stored differently
+CHUNK = 2**20  # characters that a process tokenises at once; documents are shuffled within a chunk
+FEW = 4  # chunks: no more than this are tokenised in this process, for starting others takes seconds
+BLOCK = 2**20  # items copied at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Neighbouring documents or rows of one part.
+
+    Attributes:
+      part: Index of the part.
+      seed: Of the part.
+      number: Of the chunk in the part.
+      units: The documents or rows.
+      size: Their size, in characters or bytes.
+      start: Where they begin in a file that may grow.
+    """
+
+    part: int
+    seed: int
+    number: int
+    units: list[Any]
+    size: int
+    start: Position | None
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What became of a chunk, or of several: items by column, what the encoder counts, and the rows that were left out."""
+
+    columns: dict[str, np.ndarray]
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    tally: Tally = dataclasses.field(default_factory=lambda: Tally(ANY))
+
+
+class Encoder(Protocol):
+    """Chunks to items; it is sent to the tokenising processes.
+
+    Attributes:
+      key: What the items depend on besides the source and the code; code that changes what it makes of a row changes its key.
+      columns: Name and dtype.
+      by_content: Whether a part is as it was if its bytes are, or if sizes and times of its files are.
+    """
+
+    key: tuple
+    columns: dict[str, np.dtype]
+    by_content: bool
+
+    def read(self, part: Part, start: Position) -> Iterator[tuple[Any, int, Position | None]]:
+        """Documents or rows of a part with their sizes and the positions after them."""
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """The items of a chunk."""
 
 
 def build(
     source: str,
-    tokenizer,
+    encoder: Encoder,
     root: str | os.PathLike,
     *,
-    heldout: float,
+    skip: int = ANY,
     workers: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     barrier: Callable[[str], None] = lambda name: None,
-) -> Cache:
-    """The cache of a source under `root`, built first if it is not there (or not whole).
+) -> Path:
+    """The directory of the cache of a source under `root`, built first if it is not there (or not whole).
 
     Args:
-      tokenizer: a `llama2_jax.text.tokenizer.Tokenizer`.
-      heldout: the share of documents held out; which ones is decided by their content, so duplicates stay on one side.
+      skip: bad rows after which there is no use in going on.
       workers: processes that tokenise; None for one a core.
       barrier: called with a name, returns when all processes of the run have called it. Processes that see the same
         directory share the work, those with disks of their own build a cache each.
@@ -61,35 +109,70 @@ def build(
     Raises:
       UserError: for anything wrong with the source, or a directory that cannot be written.
     """
-    parts = sources.split(source)
-    directory = _directory(source, parts, tokenizer, root, heldout)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        members = _members(directory, process_index, process_count, barrier)
-        rank = members.index(process_index)
-        if not (directory / 'meta.json').exists():
-            todo = [i for i in range(rank, len(parts), len(members)) if not (directory / f'{i:05d}.json').exists()]
-            title = source if rank == 0 else ''
-            _build_parts(directory, parts, todo, _Encoder(tokenizer, heldout), workers or os.cpu_count(), title)
-        barrier('cache built')
-        if rank == 0 and not (directory / 'meta.json').exists():
-            infos = [json.loads((directory / f'{i:05d}.json').read_text()) for i in range(len(parts))]
-            _write_json(directory / 'meta.json', {'source': source, 'dtype': _dtype(tokenizer), 'parts': infos})
-            _tidy(directory)
-        barrier('cache ready')
-        (directory / f'member-{process_index}').unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f'The token cache {directory} cannot be built: {error}.') from error
-    return Cache(directory)
-
-
-def _directory(source: str, parts: list[sources.Part], tokenizer, root: str | os.PathLike, heldout: float) -> Path:
     if '://' in str(root):
         raise UserError(f'The token cache cannot lie at {root}, it needs a file system: mount the bucket and name the mount.')
-    key = repr((FORMAT, RECORD, CHUNK, source, parts, tokenizer.fingerprint, heldout))
+    parts = _split(source, encoder)
+    family = f'{_readable(source)}-{_hash(FORMAT, RECORD, CHUNK, sources.absolute(source), encoder.key)}'
+    directory = Path(root).expanduser() / f'{family}-{_hash(parts)}'
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with Hold(directory):
+            members = _members(directory, process_index, process_count, barrier)
+            first = members[0] == process_index
+            if first:
+                _remove_damaged(directory)
+            barrier('cache checked')
+            if not (directory / 'meta.json').exists():
+                mine = range(members.index(process_index), len(parts), len(members))
+                todo = [i for i in mine if not _info_path(directory, i).exists()]
+                with contextlib.ExitStack() as held:
+                    jobs = _plan(directory, _others(directory, family, held), parts, todo)
+                    _build_parts(directory, jobs, encoder, workers or os.cpu_count(), skip, source if first else '')
+                if todo and _split(source, encoder) != parts:
+                    raise UserError(f'Source {source} has changed while it was tokenised; run again.')
+            barrier('cache built')
+            if first and not (directory / 'meta.json').exists():
+                infos = [json.loads(_info_path(directory, i).read_text()) for i in range(len(parts))]
+                columns = {name: _form(dtype) for name, dtype in encoder.columns.items()}
+                _write_json(directory / 'meta.json', {'source': source, 'columns': columns, 'parts': infos})
+                _tidy(directory, family)
+            barrier('cache ready')
+            (directory / f'member-{process_index}').unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f'The token cache {directory} cannot be built: {error}. LLAMA2_JAX_CACHE names another place for it.'
+        ) from error
+    return directory
+
+
+def default_root() -> str:
+    """Where caches lie if nobody says."""
+    return os.environ.get('LLAMA2_JAX_CACHE') or '~/.cache/llama2_jax'
+
+
+def token_dtype(tokenizer) -> np.dtype:
+    """The smallest dtype for its ids."""
+    return np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
+
+
+def _split(source: str, encoder: Encoder) -> list[Part]:
+    parts = sources.split(source)
+    if encoder.by_content:
+        parts = [dataclasses.replace(part, stamp=sources.content(part)[0]) for part in parts]
+    return parts
+
+
+def _readable(source: str) -> str:
     kind, _, name = source.partition(':')
-    readable = re.sub(r'[^A-Za-z0-9]+', '-', f'{kind}-{"-".join(Path(name).parts[-2:])}').strip('-')[:60]
-    return Path(root).expanduser() / f'{readable}-{hashlib.sha256(key.encode()).hexdigest()[:12]}'
+    return re.sub(r'[^A-Za-z0-9]+', '-', f'{kind}-{"-".join(Path(name).parts[-2:])}').strip('-')[:60]
+
+
+def _hash(*values) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def _form(dtype: np.dtype) -> Any:
+    return dtype.str if dtype.names is None else dtype.descr
 
 
 def _members(directory: Path, index: int, count: int, barrier: Callable[[str], None]) -> list[int]:
@@ -104,12 +187,20 @@ def _members(directory: Path, index: int, count: int, barrier: Callable[[str], N
     return sorted(int(path.name.removeprefix('member-')) for path in directory.glob('member-*'))
 
 
-def _tidy(directory: Path) -> None:
-    """Removes what killed builds left behind; a file that is being written is younger than this."""
+def _tidy(directory: Path, family: str) -> None:
+    """Removes what killed builds left behind (a file that is being written is younger), and caches of what the source was."""
     for path in directory.glob('*.tmp'):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
+    for other in directory.parent.glob(f'{family}-*'):
+        with contextlib.suppress(OSError):
+            if other != directory and not is_held(other):
+                shutil.rmtree(other)
+
+
+def _info_path(directory: Path, part: int) -> Path:
+    return directory / f'{part:05d}.json'
 
 
 def _write_json(path: Path, value) -> None:
@@ -123,172 +214,229 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f'{path.name}.{os.uname().nodename}-{os.getpid()}.tmp')
 
 
+# Earlier caches
+
+
+_Old = tuple[Path, int, dict[str, Any]]  # a finished part of another cache: directory, index and info
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A part to tokenise, all of it or, where an earlier cache has its beginning, the rest."""
+
+    index: int
+    part: Part
+    old: _Old | None = None
+
+    @property
+    def start(self) -> Position:
+        """Where the rest begins."""
+        return tuple(self.old[2]['resume']['start']) if self.old else BEGIN
+
+    def chunks(self, encoder: Encoder) -> Iterator[Chunk]:
+        """What is to be tokenised."""
+        return cut(self.index, self.part, encoder, self.start, self.old[2]['resume']['number'] if self.old else 0)
+
+
+def _is_whole(directory: Path, part: int, info: dict[str, Any]) -> bool:
+    """Whether the files of a part are there with the sizes they had."""
+    try:
+        return all((directory / file_name(name, part)).stat().st_size == size for name, size in info['sizes'].items())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_damaged(directory: Path) -> None:
+    """Makes a cache unfinished again where files are gone, cut or cannot be read."""
+    for path in directory.glob('[0-9]*.json'):
+        try:
+            whole = _is_whole(directory, int(path.stem), json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            (directory / 'meta.json').unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            json.loads((directory / 'meta.json').read_text())
+        except ValueError:
+            (directory / 'meta.json').unlink()
+
+
+def _others(directory: Path, family: str, held: contextlib.ExitStack) -> list[_Old]:
+    """The finished parts of other caches of the source: directory, index and info; none of them is removed while `held`."""
+    found = []
+    for other in sorted(directory.parent.glob(f'{family}-*')):
+        if other != directory:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                held.enter_context(Hold(other))
+                for path in sorted(other.glob('[0-9]*.json')):
+                    index, info = int(path.stem), json.loads(path.read_text())
+                    if _is_whole(other, index, info):
+                        found.append((other, index, info))
+    return found
+
+
+def _plan(directory: Path, others: list[_Old], parts: list[Part], todo: list[int]) -> list[_Job]:
+    """What is to be tokenised; parts that another cache has are linked from there."""
+    jobs = []
+    for i in todo:
+        part, old = parts[i], None
+        for other, index, info in others:
+            if info['part'] != _identity(part):
+                continue
+            content, prefix = (info['content'], '') if info['stamp'] == part.stamp else sources.content(part, info['bytes'] or 0)
+            if content == info['content']:
+                with contextlib.suppress(OSError):
+                    _link(other, index, directory, i, info | {'stamp': part.stamp})
+                    break
+            if part.grows and prefix == info['content'] and info['resume']:
+                old = other, index, info
+        else:
+            jobs.append(_Job(i, part, old))
+    return jobs
+
+
+def _identity(part: Part) -> list[Any]:
+    return [part.kind, list(part.names), part.start, part.stop, part.seed]
+
+
+def _link(old: Path, old_index: int, new: Path, index: int, info: dict[str, Any]) -> None:
+    """Gives a new cache the files that an old one has of a part."""
+    for name in info['sizes']:
+        path = new / file_name(name, index)
+        temporary = _temporary(path)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(old / file_name(name, old_index), temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(old / file_name(name, old_index), temporary)
+        temporary.replace(path)
+        temporary.unlink(missing_ok=True)  # which stays where both are the same file
+    _write_json(_info_path(new, index), info)
+
+
 # Tokenising
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Neighbouring documents of one part."""
-
-    part: int
-    number: int
-    texts: list[str]
-
-
-@dataclasses.dataclass
-class _Encoded:
-    """The tokens of a chunk by split, and how many documents and bytes of text they came from."""
-
-    part: int
-    ids: dict[str, np.ndarray]
-    documents: dict[str, int]
-    bytes: dict[str, int]
-    empty: int
-
-
-def _dtype(tokenizer) -> str:
-    return '<u2' if tokenizer.vocab_size <= 2**16 else '<u4'
+def encode_all(chunks: Iterable[Chunk], encoder: Encoder, workers: int = 1) -> Iterator[tuple[Chunk, Encoded]]:
+    """Encodes chunks in order, on `workers` processes if there are enough of them; what comes back has no units."""
+    chunks, few, size = iter(chunks), [], 0
+    for chunk in chunks:
+        few.append(chunk)
+        size += chunk.size
+        if size > FEW * CHUNK:
+            break
+    work, everything = _Work(encoder), itertools.chain(few, chunks)
+    yield from map(work, everything) if workers == 1 or size <= FEW * CHUNK else run_in_order(everything, work, workers)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Encoder:
-    """Chunk to tokens; runs in the tokenising processes."""
+class _Work:
+    encoder: Encoder
 
-    tokenizer: Any
-    heldout: float
-
-    def __call__(self, chunk: _Chunk) -> _Encoded:
-        texts = {split: [] for split in SPLITS}
-        size, empty = dict.fromkeys(SPLITS, 0), 0
-        for i in np.random.default_rng((chunk.part, chunk.number)).permutation(len(chunk.texts)):
-            data = chunk.texts[i].encode()
-            if not data or data.isspace():
-                empty += 1
-                continue
-            fate = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) / 2**64
-            split = 'heldout' if fate < self.heldout else 'train'
-            texts[split].append(chunk.texts[i])
-            size[split] += len(data)
-        ids = {split: self.tokenizer.encode_batch(texts[split], bos=True, eos=True) for split in SPLITS}
-        arrays = {split: np.fromiter(itertools.chain.from_iterable(ids[split]), _dtype(self.tokenizer)) for split in SPLITS}
-        return _Encoded(chunk.part, arrays, {split: len(texts[split]) for split in SPLITS}, size, empty)
+    def __call__(self, chunk: Chunk) -> tuple[Chunk, Encoded]:
+        return dataclasses.replace(chunk, units=[]), self.encoder(chunk)
 
 
-def _chunks(parts: list[sources.Part], todo: list[int]) -> Iterator[_Chunk]:
-    """Cuts the documents of parts into chunks of about CHUNK characters; no chunk spans two parts."""
-    for part in todo:
-        texts, size, number = [], 0, 0
-        for text in parts[part].documents():
-            texts.append(text)
-            size += len(text)
-            if size >= CHUNK:
-                yield _Chunk(part, number, texts)
-                texts, size, number = [], 0, number + 1
-        yield _Chunk(part, number, texts)  # the last, perhaps empty: every part has one
-
-
-def _encoded(chunks: Iterable[_Chunk], encode: _Encoder, workers: int) -> Iterator[_Encoded]:
-    """Encodes chunks in order, on `workers` processes if there are enough of them; holds a few chunks a worker."""
-    chunks = iter(chunks)
-    few = list(itertools.islice(chunks, FEW + 1))
-    if workers == 1 or len(few) <= FEW:
-        yield from map(encode, itertools.chain(few, chunks))
-        return
-    context = multiprocessing.get_context('spawn')  # never fork: JAX may be running threads
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(encode,)) as pool:
-        pending = collections.deque()
-        try:
-            for chunk in itertools.chain(few, chunks):
-                with _without_main():
-                    pending.append(pool.submit(_work, chunk))
-                if len(pending) > 3 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError('A tokenising process was killed, perhaps for lack of memory; run again to continue.') from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _start(encode: _Encoder) -> None:
-    global _encode
-    _encode = encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
-    end_with_parent()
-
-
-def end_with_parent(*_) -> None:
-    """Ends this worker process when its parent is gone: one that was killed cannot tell it, and the worker would wait forever."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _work(chunk: _Chunk) -> _Encoded:
-    return _encode(chunk)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Processes started inside do not import the running script first: it would load JAX, and fail without a `__main__` guard."""
-    main = sys.modules['__main__']
-    sys.modules['__main__'] = types.ModuleType('__main__')
-    try:
-        yield
-    finally:
-        sys.modules['__main__'] = main
+def cut(index: int, part: Part, encoder: Encoder, start: Position = BEGIN, number: int = 0) -> Iterator[Chunk]:
+    """Cuts a part into chunks of about CHUNK characters, at least one."""
+    units, size, here = [], 0, start if part.grows else None
+    for unit, length, end in encoder.read(part, start):
+        units.append(unit)
+        size += length
+        if size >= CHUNK:
+            yield Chunk(index, part.seed, number, units, size, here)
+            units, size, number, here = [], 0, number + 1, end if part.grows else None
+    yield Chunk(index, part.seed, number, units, size, here)
 
 
 # Writing
 
 
-def _build_parts(directory: Path, parts: list[sources.Part], todo: list[int], encode: _Encoder, workers: int, title: str) -> None:
-    """Writes the files of the parts in `todo`, each followed by the JSON that says it is finished."""
-    sizes = [parts[i].bytes for i in todo]
-    total = None if None in sizes else sum(sizes) or None  # unknown for gz
-    documents = 0
-    with tqdm(total=total, desc=f'tokenising {title}', unit='B', unit_scale=True, disable=not title or not todo) as bar:
-        for part, results in itertools.groupby(_encoded(_chunks(parts, todo), encode, workers), lambda encoded: encoded.part):
-            info = {'empty': 0, **{split: {'documents': 0, 'tokens': 0, 'bytes': 0} for split in SPLITS}}
-            digest = hashlib.blake2b(digest_size=8)
-            with contextlib.ExitStack() as stack:
-                writers = {split: stack.enter_context(_RecordWriter(directory / file_name(split, part))) for split in SPLITS}
-                for result in results:
-                    info['empty'] += result.empty
-                    for split in SPLITS:
-                        writers[split].write(result.ids[split])
-                        digest.update(result.ids[split])
-                        info[split]['documents'] += result.documents[split]
-                        info[split]['tokens'] += len(result.ids[split])
-                        info[split]['bytes'] += result.bytes[split]
-                    documents += sum(result.documents.values())
-                    bar.set_postfix(documents=documents, refresh=False)
-                    bar.update(sum(result.bytes.values()))
-            _write_json(directory / f'{part:05d}.json', {**info, 'digest': digest.hexdigest()})
+def _build_parts(directory: Path, jobs: list[_Job], encoder: Encoder, workers: int, skip: int, title: str) -> None:
+    """Writes the files of parts, each part followed by the JSON that says it is finished."""
+    sizes = [job.part.bytes for job in jobs]
+    total = None if None in sizes else sum(sizes) - sum(job.start[0] for job in jobs) or None  # unknown for gz
+    by_index, budget = {job.index: job for job in jobs}, Tally(skip)
+    with tqdm(total=total, desc=f'tokenising {title}', unit='B', unit_scale=True, disable=not title or not jobs) as bar:
+
+        def watched(results: Iterable[tuple[Chunk, Encoded]]) -> Iterator[tuple[Chunk, Encoded]]:
+            for chunk, encoded in results:
+                budget.add(encoded.tally)
+                bar.update(chunk.size)
+                yield chunk, encoded
+
+        results = watched(encode_all((chunk for job in jobs for chunk in job.chunks(encoder)), encoder, workers))
+        for index, mine in itertools.groupby(results, lambda result: result[0].part):
+            _write_part(directory, by_index[index], encoder, mine)
+
+
+def _write_part(directory: Path, job: _Job, encoder: Encoder, results: Iterable[tuple[Chunk, Encoded]]) -> None:
+    counts, tally, resume = Counter(), Tally(ANY), None
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(_RecordWriter(directory / file_name(name, job.index), dtype))
+            for name, dtype in encoder.columns.items()
+        }
+        if job.old:
+            other, index, info = job.old
+            counts.update(info['resume']['counts'])
+            tally.add(as_tally(info['resume']['tally']))
+            for name, writer in writers.items():
+                stream = TokenStream(other, [file_name(name, index)], [info['items'][name]], encoder.columns[name])
+                end = info['resume']['items'][name]
+                for first in range(0, end, BLOCK):
+                    writer.write(stream.read(first, min(first + BLOCK, end)))
+        for chunk, encoded in results:
+            if chunk.start:
+                before = {'items': {name: writer.items for name, writer in writers.items()}, 'counts': dict(counts)}
+                resume = {'start': chunk.start, 'number': chunk.number, 'tally': dataclasses.asdict(tally), **before}
+            for name, writer in writers.items():
+                writer.write(encoded.columns[name])
+            counts.update(encoded.counts)
+            tally.add(encoded.tally)
+    info = {
+        'part': _identity(job.part),
+        'stamp': job.part.stamp,
+        'bytes': job.part.bytes,
+        'content': job.part.stamp if encoder.by_content else sources.content(job.part)[0],
+        'items': {name: writer.items for name, writer in writers.items()},
+        'sizes': {name: (directory / file_name(name, job.index)).stat().st_size for name in writers},
+        'hash': ''.join(writer.hash.hexdigest() for writer in writers.values()),
+        'counts': counts,
+        'tally': dataclasses.asdict(tally),
+        'resume': resume,
+    }
+    _write_json(_info_path(directory, job.index), info)
 
 
 class _RecordWriter:
-    """Writes a stream of tokens as records; the file appears under its name when all of it is written."""
+    """Writes a stream of items as records; the file appears under its name when all of it is written.
 
-    def __init__(self, path: Path):
-        self._path, self._temporary = path, _temporary(path)
-        self._rest = np.empty(0, np.uint16)
+    Attributes:
+      items: How many were written.
+      hash: Of these.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self._path, self._temporary, self._dtype = path, _temporary(path), dtype
+        self._rest = np.empty(0, dtype)
+        self.items, self.hash = 0, hashlib.blake2b(digest_size=8)
 
     def __enter__(self) -> Self:
         self._writer = self._checked(ArrayRecordWriter, str(self._temporary), 'group_size:1,uncompressed')
         return self
 
-    def write(self, ids: np.ndarray) -> None:
-        ids = np.concatenate([self._rest, ids])
-        whole = len(ids) // RECORD * RECORD
-        for record in ids[:whole].reshape(-1, RECORD):
+    def write(self, items: np.ndarray) -> None:
+        items = items.astype(self._dtype, copy=False)
+        self.items += len(items)
+        self.hash.update(items.tobytes())
+        items = np.concatenate([self._rest, items])
+        whole = len(items) // RECORD * RECORD
+        for record in items[:whole].reshape(-1, RECORD):
             self._checked(self._writer.write, record.tobytes())
-        self._rest = ids[whole:]
+        self._rest = items[whole:]
 
     def __exit__(self, kind, *_) -> None:
         if kind is None:

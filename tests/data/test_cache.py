@@ -13,6 +13,7 @@ from byte_tokenizer import ByteTokenizer, DyingTokenizer, documents
 
 from llama2_jax.config import UserError
 from llama2_jax.data import cache as cache_module
+from llama2_jax.data import documents as documents_module
 from llama2_jax.data import sources, tokenise
 from llama2_jax.data.cache import RECORD
 
@@ -32,7 +33,9 @@ def corpus(tmp_path):
 
 
 def build(corpus, root, heldout=0.2, **kwargs):
-    return tokenise.build(corpus, kwargs.pop('tokenizer', ByteTokenizer()), root, heldout=heldout, **{'workers': 1, **kwargs})
+    return documents_module.build(
+        corpus, kwargs.pop('tokenizer', ByteTokenizer()), root, heldout=heldout, **{'workers': 1, **kwargs}
+    )
 
 
 def contents(directory):
@@ -97,7 +100,7 @@ def test_a_finished_cache_is_not_built_again_and_a_changed_source_is(corpus, tmp
     assert other.directory != cache.directory
     assert build(corpus, tmp_path / 'cache', tokenizer=ByteTokenizer(300)).directory != cache.directory
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise, '_encoded', None)  # would fail if called
+        patch.setattr(tokenise, 'encode_all', None)  # would fail if called
         assert build(corpus, tmp_path / 'cache').directory == cache.directory
     os.utime(tmp_path / '3.jsonl', (1, 1))
     assert build(corpus, tmp_path / 'cache').directory != cache.directory
@@ -105,17 +108,17 @@ def test_a_finished_cache_is_not_built_again_and_a_changed_source_is(corpus, tmp
 
 def test_a_killed_build_goes_on_and_never_looks_whole(corpus, tmp_path, monkeypatch):
     expected = contents(build(corpus, tmp_path / 'whole').directory)
-    read, seen = tokenise._chunks, []
+    read, seen = tokenise.cut, []
 
-    def killed(parts, todo):
-        for chunk in read(parts, todo):
+    def killed(*args):
+        for chunk in read(*args):
             seen.append(chunk.part)
             if chunk.part == 3:
                 raise KeyboardInterrupt
             yield chunk
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise, '_chunks', killed)
+        patch.setattr(tokenise, 'cut', killed)
         patch.setattr(tokenise, 'FEW', 0)
         with pytest.raises(KeyboardInterrupt):
             build(corpus, tmp_path / 'cache')
@@ -128,7 +131,7 @@ def test_a_killed_build_goes_on_and_never_looks_whole(corpus, tmp_path, monkeypa
     old.write_bytes(b'half')
     os.utime(old, (1, 1))
     todo = []
-    monkeypatch.setattr(tokenise, '_chunks', lambda parts, indices: todo.extend(indices) or read(parts, indices))
+    monkeypatch.setattr(tokenise, 'cut', lambda index, *args: todo.append(index) or read(index, *args))
     build(corpus, tmp_path / 'cache')
     assert todo == [2, 3, 4]
     assert contents(directory) == expected
@@ -200,7 +203,7 @@ def test_damage_is_named_with_the_way_out(big, damage):
         path.unlink()
     else:
         shutil.copy(cache.directory / 'train-00000.arrayrecord', path)  # another file of almost the same size
-    stream = tokenise.Cache(cache.directory).train
+    stream = documents_module.Documents(cache.directory).train
     record = {'flip': 1, 'record': 2}.get(damage, 0)
     sentence = (
         rf'^Record {record} of {path} is corrupt or half-written \(.*\); delete {cache.directory} and run again to rebuild it\.$'
@@ -246,11 +249,11 @@ def test_workers_do_not_run_the_script(tmp_path):
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from byte_tokenizer import ByteTokenizer
-        from llama2_jax.data import tokenise
+        from llama2_jax.data import documents, tokenise
 
         print('script')
         tokenise.CHUNK = 100
-        cache = tokenise.build('text:{tmp_path}/a.txt', ByteTokenizer(), '{tmp_path}/cache', heldout=0, workers=2)
+        cache = documents.build('text:{tmp_path}/a.txt', ByteTokenizer(), '{tmp_path}/cache', heldout=0, workers=2)
         print(cache.documents['train'])
         """)
     )
@@ -271,9 +274,9 @@ READING = """
         time.sleep(1000)
 """
 BUILDING = """
-    from llama2_jax.data import tokenise
+    from llama2_jax.data import documents, tokenise
     tokenise.CHUNK = 100
-    tokenise.build('text:{path}/a.txt', SleepingTokenizer(), '{path}/cache', heldout=0, workers=2)
+    documents.build('text:{path}/a.txt', SleepingTokenizer(), '{path}/cache', heldout=0, workers=2)
 """
 
 
