@@ -154,6 +154,11 @@ def as_dtype(form: Any) -> np.dtype:
     return np.dtype(form if isinstance(form, str) else [tuple(tuple(x) if isinstance(x, list) else x for x in f) for f in form])
 
 
+def from_tally(tally: Tally) -> dict[str, Any]:
+    """A tally for JSON."""
+    return {'bad': list(tally.bad), 'dropped': dict(tally.dropped), 'cut': tally.cut}
+
+
 def as_tally(value: dict[str, Any]) -> Tally:
     """The tally that JSON holds."""
     return Tally(ANY, list(value['bad']), collections.Counter(value['dropped']), value['cut'])

@@ -4,24 +4,27 @@ A batch has so many pairs, and those of one prompt are all in one. The answers o
 own copy of the prompt and in a segment of its own, beside those of other prompts. So one forward pass reads them all, each once
 however many it is compared with (as InstructGPT's), and little of it is padding. Batches have as many rows as the fullest needs.
 
-Comparisons are tokenised at start and kept in memory, by every process alike, as dialogs are (`data/dialogs.py`).
+Comparisons are tokenised once (`data/rows.py`); of each pair memory holds a few numbers, and tokens are read with the batch.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data.comparisons import JOINS, RATINGS, Comparison, to_comparisons
-from llama2_jax.data.dialogs import TOO_LONG, held_out, shuffled
+from llama2_jax.data.dialogs import TOO_LONG, question, shuffled
+from llama2_jax.data.files import Position
 from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
+from llama2_jax.data.rows import ANY, Barrier, Stream, as_bytes, read_columns, size_of, starts
 from llama2_jax.data.schemas import joined
-from llama2_jax.data.sources import Tally, read_records, skipped
+from llama2_jax.data.sources import Part, Record, Tally, skipped
+from llama2_jax.data.tokenise import Chunk, Encoded, token_dtype
 from llama2_jax.text.dialog import encode_dialog
 
 Batch = dict[str, np.ndarray]
@@ -57,15 +60,77 @@ class Pair:
     turns: int
 
 
-class Bundle:
-    """What lies together in a row: some pairs, and each of their answers once."""
+_PAIR = np.dtype(
+    [
+        ('lengths', '<i4', (2,)), ('answers', '<u8', (2,)), ('prompt', '<u8'), ('fate', '<u8'), ('row', '<i4'), ('turns', '<i4'),
+        ('place', '<i4'), ('rating', '|i1'), ('safe', '|i1', (2,)),
+    ]
+)  # fmt: skip
+"""A pair in a column: tokens and hash of each answer with its prompt; hashes of the prompt and of its first question; pairs of
+its row, if it is the first of them; length of the name of its place."""
 
-    def __init__(self, pairs: Sequence[Pair]):
-        found = {ids.tobytes(): ids for pair in pairs for ids in pair.ids}
-        place = {key: i for i, key in enumerate(found)}
-        self.pairs, self.answers = pairs, list(found.values())
-        self.sides = [[place[ids.tobytes()] for ids in pair.ids] for pair in pairs]
-        self.tokens = sum(map(len, self.answers))
+
+class Table:
+    """The pairs of a source: their numbers in memory, their tokens where they lie."""
+
+    def __init__(self, columns: dict[str, Stream]):
+        self._columns = columns
+        self.pairs = columns['pairs'].read(0, len(columns['pairs']))
+        self._tokens = starts(self.pairs['lengths'].reshape(-1))
+        self._places = starts(self.pairs['place'])
+
+    def ids(self, answer: int) -> np.ndarray:
+        """The tokens of an answer: 2 * pair is the chosen one, 2 * pair + 1 the rejected one."""
+        return self._columns['tokens'].read(int(self._tokens[answer]), int(self._tokens[answer + 1])).astype(np.uint32)
+
+    def where(self, pair: int) -> str:
+        """The place of the row of a pair."""
+        return self._columns['places'].read(int(self._places[pair]), int(self._places[pair + 1])).tobytes().decode()
+
+    def __getitem__(self, number: int) -> Pair:
+        pair = self.pairs[number]
+        ids = self.ids(2 * number), self.ids(2 * number + 1)
+        return Pair(self.where(number), ids, int(pair['rating']), tuple(pair['safe'].tolist()), int(pair['turns']))
+
+
+class Records(Sequence[list[Pair]]):
+    """Records of a table: each the pairs of one prompt. A list of pairs is made when it is asked for."""
+
+    def __init__(self, table: Table, ranges: np.ndarray):
+        self.table, self.ranges = table, ranges
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __getitem__(self, number: int) -> list[Pair]:
+        first, stop = self.ranges[number].tolist()
+        return [self.table[pair] for pair in range(first, stop)]
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """The numbers of all pairs, end to end."""
+        inside = np.zeros(len(self.table.pairs) + 1, np.int64)
+        np.add.at(inside, self.ranges[:, 0], 1)
+        np.add.at(inside, self.ranges[:, 1], -1)
+        return self.table.pairs[np.cumsum(inside[:-1]) > 0]
+
+
+class Bundle:
+    """What lies together in a row: some pairs of a table, and each of their answers once."""
+
+    def __init__(self, table: Table, first: int, stop: int):
+        mine = table.pairs[first:stop]
+        lengths = mine['lengths'].reshape(-1).tolist()
+        found: dict[int, int] = {}
+        self.table, self.pairs = table, range(first, stop)
+        self.answers: list[int] = []
+        self.sides, self.tokens = [], 0
+        for i, key in enumerate(mine['answers'].reshape(-1).tolist()):
+            if key not in found:
+                found[key] = len(found)
+                self.answers.append(2 * first + i)
+                self.tokens += lengths[i]
+            self.sides.append(found[key])
 
 
 @dataclasses.dataclass
@@ -80,17 +145,16 @@ class PreferenceSource:
     """
 
     name: str
-    records: list[list[Pair]] = dataclasses.field(default_factory=list)
-    heldout: list[list[Pair]] = dataclasses.field(default_factory=list)
-    tally: Tally = dataclasses.field(default_factory=Tally)
+    records: Records
+    heldout: Records
+    tally: Tally
     weight: float = 0.0
 
     def __str__(self) -> str:
-        pairs = [pair for record in self.records for pair in record]
-        tokens = np.mean([len(ids) for pair in pairs for ids in pair.ids])
-        rated = np.mean([pair.rating != UNRATED for pair in pairs])
+        pairs = self.records.pairs
+        tokens, rated = pairs['lengths'].mean(), (pairs['rating'] != UNRATED).mean()
         counts = f'{self.weight:>8.4f} {len(pairs):>9,} {tokens:>13.1f} {rated:>7.1%}'
-        left = f'{self.tally.cut:>6,} {sum(map(len, self.heldout)):>8,}  {self.tally}'
+        left = f'{self.tally.cut:>6,} {len(self.heldout.pairs):>8,}  {self.tally}'
         return f'{self.name:<40} {counts} {left}'.rstrip()
 
 
@@ -128,27 +192,31 @@ class PreferenceData:
         shards: int = 1,
         process_index: int = 0,
         process_count: int = 1,
+        barrier: Barrier = lambda name: None,
     ):
         self._length, self._batch_size = length, batch_size
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
         room = min(length // 2, context)
-        self.sources = [_read(c, tokenizer, room, config.heldout, quiet=process_index > 0) for c in components]
-        self._run = self._plan(components, Fraction(str(config.epochs)), seed)
-        run = (self.sources[source].records[number] for source, number in self._run)
-        self._batches = [self._pack(batch) for batch in self._fill(run)]
-        self.steps = len(self._batches)
-        self._heldout = [[self._pack(batch) for batch in self._fill(source.heldout)] for source in self.sources]
+        place = {'process_index': process_index, 'process_count': process_count, 'barrier': barrier}
+        self.sources = [_read(c, tokenizer, room, config.heldout, **place) for c in components]
+        self._run = self._fill(self._plan(components, Fraction(str(config.epochs)), seed))
+        self.steps = len(self._run)
+        self._heldout = [
+            self._fill([(i, number) for number in range(len(source.heldout))], heldout=True)
+            for i, source in enumerate(self.sources)
+        ]
         self._shards = shards
-        self.rows, self.slots = self._shape(self._batches)
+        self.rows, self.slots = self._shape(map(self._pack, self._run))
 
-    def _shape(self, batches: list[list[list[Bundle]]]) -> tuple[int, int]:
+    def _shape(self, batches: Iterable[list[list[Bundle]]]) -> tuple[int, int]:
         """Rows of a batch, and pairs in a row, that hold each of these."""
-        rows = max(map(len, batches))
-        slots = max(sum(len(bundle.pairs) for bundle in row) for batch in batches for row in batch)
+        rows = slots = 0
+        for batch in batches:
+            rows, slots = max(rows, len(batch)), max(slots, *(sum(len(bundle.pairs) for bundle in row) for row in batch))
         return -(-rows // self._shards) * self._shards, slots
 
-    def _plan(self, components: tuple[Component, ...], epochs: Fraction, seed: int) -> list[tuple[int, int]]:
+    def _plan(self, components: tuple[Component, ...], epochs: Fraction, seed: int) -> Iterator[tuple[int, int]]:
         """The (source, record) of the run in order, by the weights."""
         counts = [len(source.records) for source in self.sources]
         for source, count in zip(self.sources, counts, strict=True):
@@ -160,35 +228,36 @@ class PreferenceData:
         for source, share in zip(self.sources, shares, strict=True):
             source.weight = float(share)
         order, seeds = Interleave(shares, total), [source_seed(seed, c.source) for c in components]
-        plan = []
         for row in range(total):
             source, number = order[row]
             epoch, i = divmod(number, counts[source])
-            plan.append((source, shuffled(i, counts[source], seeds[source] + epoch)))
-        return plan
+            yield source, shuffled(i, counts[source], seeds[source] + epoch)
 
-    def _fill(self, records: Iterable[list[Pair]]) -> Iterator[list[list[Pair]]]:
-        """The records of each batch: as many whole ones as have room in it."""
-        batch, pairs = [], 0
-        for record in records:
-            if len(record) > self._batch_size:
+    def _fill(self, records: Iterable[tuple[int, int]], heldout: bool = False) -> list[np.ndarray]:
+        """The (source, first pair, end) of the records of each batch: as many whole ones as have room in it."""
+        ranges = [(source.heldout if heldout else source.records).ranges.tolist() for source in self.sources]
+        batches, batch, pairs = [], [], 0
+        for source, number in records:
+            first, stop = ranges[source][number]
+            if stop - first > self._batch_size:
+                where = self.sources[source].records.table.where(first)
                 raise UserError(
-                    f'{record[0].where} makes {len(record)} pairs, which must stay in one batch; batch_size={self._batch_size}.'
+                    f'{where} makes {stop - first} pairs, which must stay in one batch; batch_size={self._batch_size}.'
                 )
-            if pairs + len(record) > self._batch_size:
-                yield batch
+            if pairs + stop - first > self._batch_size:
+                batches.append(np.array(batch))
                 batch, pairs = [], 0
-            batch.append(record)
-            pairs += len(record)
-        if batch:
-            yield batch
+            batch.append((source, first, stop))
+            pairs += stop - first
+        return [*batches, np.array(batch)] if batch else batches
 
-    def _pack(self, records: list[list[Pair]]) -> list[list[Bundle]]:
+    def _pack(self, records: np.ndarray) -> list[list[Bundle]]:
         """The bundles of each row; a record that is too long for one falls into its pairs."""
         bundles = []
-        for record in records:
-            whole = Bundle(record)
-            bundles += [whole] if whole.tokens <= self._length else [Bundle([pair]) for pair in record]
+        for source, first, stop in records.tolist():
+            table = self.sources[source].records.table
+            whole = Bundle(table, first, stop)
+            bundles += [whole] if whole.tokens <= self._length else [Bundle(table, i, i + 1) for i in range(first, stop)]
         rows = best_fit(np.array([bundle.tokens for bundle in bundles]), self._length)
         return [[bundles[i] for i in row] for row in rows]
 
@@ -200,18 +269,19 @@ class PreferenceData:
         [r, S], 0 where a row has no such pair; and record_ids int64 [1], the step.
         """
         for step in range(start_step, self.steps):
-            yield self._collate(self._batches[step], self.rows, self.slots) | {'record_ids': np.array([step])}
+            yield self._collate(self._pack(self._run[step]), self.rows, self.slots) | {'record_ids': np.array([step])}
 
     def heldout(self, source: int) -> Iterator[Batch]:
         """The held-out pairs of a source once, as batches like those of `train`, perhaps with another number of rows."""
         if self._heldout[source]:
-            rows, slots = self._shape([batch for batches in self._heldout for batch in batches])
+            rows, slots = self._shape(self._pack(batch) for batches in self._heldout for batch in batches)
             for batch in self._heldout[source]:
-                yield self._collate(batch, rows, slots)
+                yield self._collate(self._pack(batch), rows, slots)
 
     def describe(self, record_ids: np.ndarray) -> list[str]:
         """The places of the pairs of a batch."""
-        return [pair.where for row in self._batches[int(record_ids[0])] for bundle in row for pair in bundle.pairs]
+        rows = self._pack(self._run[int(record_ids[0])])
+        return [bundle.table.where(pair) for row in rows for bundle in row for pair in bundle.pairs]
 
     def table(self) -> str:
         """The sources as a table to print."""
@@ -230,54 +300,91 @@ class PreferenceData:
             at = segment = slot = 0
             for bundle in row:
                 ends = []
-                for ids in bundle.answers:
+                for ids in map(bundle.table.ids, bundle.answers):
                     here, segment = slice(at, at + len(ids)), segment + 1
                     tokens[r, here], segment_ids[r, here] = ids, segment
                     at += len(ids)
                     ends.append(at - 1)
-                for pair, sides in zip(bundle.pairs, bundle.sides, strict=True):
-                    last[r, slot] = [ends[side] for side in sides]
-                    rating[r, slot], safe[r, slot], weights[r, slot] = pair.rating, pair.safe, 1
-                    slot += 1
+                pairs, here = bundle.table.pairs[bundle.pairs.start : bundle.pairs.stop], slice(slot, slot + len(bundle.pairs))
+                last[r, here] = np.array([ends[side] for side in bundle.sides]).reshape(-1, 2)
+                rating[r, here], safe[r, here], weights[r, here] = pairs['rating'], pairs['safe'], 1
+                slot += len(bundle.pairs)
         return {
             'tokens': tokens, 'segment_ids': segment_ids, 'last': last, 'rating': rating, 'safe': safe, 'weights': weights,
         }  # fmt: skip
 
 
-def _read(component: Component, tokenizer, room: int, share: float, quiet: bool) -> PreferenceSource:
-    """The pairs of a source, with a progress bar unless `quiet`; an answer has `room` tokens with its prompt.
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Rows to columns; an answer has `room` tokens with its prompt."""
+
+    tokenizer: Any
+    room: int
+
+    by_content = True
+
+    @property
+    def key(self) -> tuple:
+        return 'comparisons', 1, self.tokenizer.fingerprint, self.room
+
+    @property
+    def columns(self) -> dict[str, np.dtype]:
+        return {'tokens': token_dtype(self.tokenizer), 'pairs': _PAIR, 'places': np.dtype('|u1')}
+
+    def read(self, part: Part, start: Position) -> Iterator[tuple[Record, int, Position | None]]:
+        for record in joined(part.records(start), JOINS):
+            yield record, size_of(record.value), record.end
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        tally, pairs, numbers = Tally(ANY), [], []
+        for row in chunk.units:
+            try:
+                comparisons, dropped = to_comparisons(row)
+                found = [encode(comparison, self.tokenizer, self.room, row.where) for comparison in comparisons]
+            except UserError as error:
+                tally.refuse(error)
+                continue
+            tally.dropped.update(dropped)
+            tally.dropped.update(reason for pair, reason in found if pair is None)
+            tally.cut += sum(reason == CUT for _, reason in found)
+            kept = [pair for pair, _ in found if pair is not None]
+            for i, pair in enumerate(kept):
+                prompt = comparisons[0].prompt
+                hashes = tuple(_hash(ids.tobytes()) for ids in pair.ids)
+                both = _hash(repr(prompt).encode()), _hash(question(prompt).encode())
+                facts = len(kept) * (i == 0), pair.turns, len(pair.where.encode()), pair.rating, pair.safe
+                numbers.append((tuple(map(len, pair.ids)), hashes, *both, *facts))
+            pairs += kept
+        tokens = np.concatenate([np.empty(0, np.uint32), *(ids for pair in pairs for ids in pair.ids)])
+        places, _ = as_bytes([pair.where for pair in pairs])
+        return Encoded({'tokens': tokens, 'pairs': np.array(numbers, _PAIR), 'places': places}, tally=tally)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+
+
+def _read(component: Component, tokenizer, room: int, share: float, **place: Any) -> PreferenceSource:
+    """The pairs of a source, tokenised by the processes of `place`; an answer has `room` tokens with its prompt.
 
     Raises:
       UserError: naming file and row.
     """
-    found, before = PreferenceSource(component.source, tally=Tally(component.skip)), None
-    records = joined(read_records(component.source), JOINS)
-    title = f'reading {component.source}'
-    for row in tqdm(records, desc=title, unit=' rows', leave=False, dynamic_ncols=True, disable=quiet):
-        try:
-            comparisons, dropped = to_comparisons(row)
-        except UserError as error:
-            found.tally.refuse(error)
-            continue
-        found.tally.dropped.update(dropped)
-        record = []
-        for comparison in comparisons:
-            pair, reason = encode(comparison, tokenizer, room, row.where)
-            found.tally.cut += reason == CUT
-            if pair is None:
-                found.tally.dropped[reason] += 1
-            else:
-                record.append(pair)
-        if not record:
-            continue
-        prompt = comparisons[0].prompt
-        home = found.heldout if held_out(prompt, share) else found.records
-        if prompt == before and len(home[-1]) + len(record) <= JOINED:
-            home[-1] += record
+    tally = Tally(component.skip)
+    table = Table(read_columns(component.source, _Encoder(tokenizer, room), tally, **place))
+    first = np.flatnonzero(table.pairs['row'])
+    ranges, before = [], None
+    for start, count, prompt in zip(
+        first.tolist(), table.pairs['row'][first].tolist(), table.pairs['prompt'][first].tolist(), strict=True
+    ):
+        if prompt == before and start + count - ranges[-1][0] <= JOINED:
+            ranges[-1] = ranges[-1][0], start + count
         else:
-            home.append(record)
+            ranges.append((start, start + count))
         before = prompt
-    return found
+    ranges = np.array(ranges, np.int64).reshape(-1, 2)
+    out = table.pairs['fate'][ranges[:, 0]] / 2**64 < share
+    return PreferenceSource(component.source, Records(table, ranges[~out]), Records(table, ranges[out]), tally)
 
 
 CUT, EQUAL = 'cut', 'equal as tokens'

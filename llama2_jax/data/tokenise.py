@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from llama2_jax.config import UserError
 from llama2_jax.data import sources
-from llama2_jax.data.cache import ANY, RECORD, Hold, TokenStream, as_tally, file_name, is_held
+from llama2_jax.data.cache import ANY, RECORD, Hold, TokenStream, as_tally, file_name, from_tally, is_held
 from llama2_jax.data.files import BEGIN, Position
 from llama2_jax.data.sources import Part, Tally
 from llama2_jax.data.workers import run_in_order
@@ -391,7 +391,7 @@ def _write_part(directory: Path, job: _Job, encoder: Encoder, results: Iterable[
         for chunk, encoded in results:
             if chunk.start:
                 before = {'items': {name: writer.items for name, writer in writers.items()}, 'counts': dict(counts)}
-                resume = {'start': chunk.start, 'number': chunk.number, 'tally': dataclasses.asdict(tally), **before}
+                resume = {'start': chunk.start, 'number': chunk.number, 'tally': from_tally(tally), **before}
             for name, writer in writers.items():
                 writer.write(encoded.columns[name])
             counts.update(encoded.counts)
@@ -405,7 +405,7 @@ def _write_part(directory: Path, job: _Job, encoder: Encoder, results: Iterable[
         'sizes': {name: (directory / file_name(name, job.index)).stat().st_size for name in writers},
         'hash': ''.join(writer.hash.hexdigest() for writer in writers.values()),
         'counts': counts,
-        'tally': dataclasses.asdict(tally),
+        'tally': from_tally(tally),
         'resume': resume,
     }
     _write_json(_info_path(directory, job.index), info)

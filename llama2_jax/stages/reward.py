@@ -28,7 +28,8 @@ from llama2_jax.model.llama import Compute
 from llama2_jax.model.reward import ScoreModel, scores_at, with_score
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.planning import aot
-from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
+from llama2_jax.runtime.hosts import DAY
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.text.dialog import encode_dialog
 from llama2_jax.text.printable import printable
@@ -101,6 +102,7 @@ def run(config: RewardConfig, workdir: str) -> State:
         shards=shards,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        barrier=partial(barrier, seconds=DAY),  # one may have more to tokenise than another
     )
     check_labels(config, data)
     say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
@@ -171,8 +173,7 @@ def check(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> int:
 
 def check_labels(config: RewardConfig, data: PreferenceData) -> None:
     """Raises a UserError where the auxiliary loss is asked for and no pair says which of its answers is safe."""
-    pairs = (pair for source in data.sources for record in source.records for pair in record)
-    if config.safety_weight and all(pair.safe == (UNKNOWN, UNKNOWN) for pair in pairs):
+    if config.safety_weight and all((source.records.pairs['safe'] == UNKNOWN).all() for source in data.sources):
         raise UserError(
             f'safety_weight={config.safety_weight} has nothing to learn from: no pair of {config.data.mixture} has chosen_safe '
             'or rejected_safe. Add these labels, or set safety_weight=0.'
