@@ -2,9 +2,12 @@
 
 python benchmarks/data_pipeline.py                                        # text of random words
 python benchmarks/data_pipeline.py --source='text:corpus/*.txt' --tokenizer=llama2/tokenizer.model
+python benchmarks/data_pipeline.py --pairs=50000 --tokenizer=llama2/tokenizer.model  # comparisons
 """
 
 import itertools
+import json
+import os
 import random
 import tempfile
 import time
@@ -13,12 +16,14 @@ from pathlib import Path
 from absl import app, flags
 
 from llama2_jax.data.documents import Documents, build
+from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.data.sources import read_documents
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 _SOURCE = flags.DEFINE_string('source', '', 'A source string; empty for 16 MB of random words.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', 'A tokenizer.model; empty to train one of 4,096 pieces on the source.')
+_PAIRS = flags.DEFINE_integer('pairs', 0, 'Tokenise so many made-up comparisons in place of text.')
 _SECONDS = flags.DEFINE_float('seconds', 3.0, 'How long to read batches in each setting.')
 
 
@@ -31,6 +36,25 @@ def _random_words(path: Path, megabytes: int) -> str:
         while file.tell() < megabytes * 1e6:
             file.write(' '.join(rng.choices(words, weights, k=300)) + '.\n\n')
     return f'text:{path}'
+
+
+def _compare(root: Path, tokenizer: Tokenizer, count: int) -> None:
+    """Prints how long comparisons take to tokenise, and a second run to start."""
+    rng = random.Random(0)
+    words = [''.join(rng.choices('etaoinshrdlu', k=rng.randint(2, 9))) for _ in range(5000)]
+    weights = list(itertools.accumulate(1 / (i + 1) for i in range(len(words))))
+    with (root / 'pairs.jsonl').open('w') as file:
+        for i in range(count):
+            texts = (' '.join(rng.choices(words, cum_weights=weights, k=rng.randint(30, 80))) for _ in range(3))
+            file.write(json.dumps(dict(zip(('prompt', 'chosen', 'rejected'), texts, strict=True)) | {'id': i}) + '\n')
+    os.environ['LLAMA2_JAX_CACHE'] = str(root / 'cache')
+    config = PreferenceConfig(f'rows:{root}/pairs.jsonl')
+    for run in ('first', 'second'):
+        start = time.perf_counter()
+        data = PreferenceData(config, tokenizer, length=8192, context=4096, batch_size=512, seed=0)
+        seconds = time.perf_counter() - start
+        print(f'{run} run: {count:,} pairs in {seconds:.1f} s; 2.9M in {2.9e6 * seconds / count / 60:.1f} minutes')
+    print(data.table())
 
 
 def _build(source: str, tokenizer: Tokenizer, root: Path, workers: int) -> tuple[Documents, float]:
@@ -66,6 +90,9 @@ def main(_) -> None:
         else:
             sample = itertools.islice(read_documents(source), 100)
             tokenizer = train_tokenizer(sample, root / 'tokenizer.model', 4096)
+        if _PAIRS.value:
+            _compare(root, tokenizer, _PAIRS.value)
+            return
         rows = []
         for workers in (1, 2):
             cache, seconds = _build(source, tokenizer, root, workers)
