@@ -62,7 +62,8 @@ def test_a_run_learns_and_writes_its_directory(tmp_path):
     mean = (last['heldout/toy:letters/loss'] + 2 * last['heldout/toy:guides/loss']) / 3  # the mixture's weights
     assert last['heldout/loss'] == pytest.approx(mean, rel=1e-6)
     meta = json.loads(next((tmp_path / 'cache').glob('*letters*/meta.json')).read_text())
-    tokens, size = (sum(part['heldout'][what] for part in meta['parts']) for what in ('tokens', 'bytes'))
+    tokens = sum(part['items']['heldout'] for part in meta['parts'])
+    size = sum(part['counts']['heldout bytes'] for part in meta['parts'])
     bits = last['heldout/toy:letters/loss'] / math.log(2) * tokens / size
     assert last['heldout/toy:letters/bits_per_byte'] == pytest.approx(bits, rel=1e-6)
     assert (tmp_path / 'run/samples.md').read_text().count('## Step') == 2
