@@ -1,27 +1,29 @@
 """Batches of dialogs to fine-tune on (paper p9): whole dialogs packed into rows, batch k a function of (seed, k, mixture) alone.
 
-Such data sets are small (the paper's has 27,540 dialogs), so they are tokenised at start and kept in memory, by every process
-alike. Each source is packed once; what is shuffled anew each epoch are the rows. A row of the run is found by arithmetic, as in
-`data/pretrain.py`, so a run may start at any step and on any number of hosts.
+Dialogs are tokenised as comparisons are (`data/rows.py`). Each source is packed once; each epoch shuffles its rows. A row of the
+run is found by arithmetic, as in `data/pretrain.py`, so a run may start at any step and on any number of hosts.
 
 `data/mixing.py` says what amounts mean; a share is of the run's rows.
 """
 
 import dataclasses
 import hashlib
-from array import array
+import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any
 
 import grain
 import numpy as np
 
 from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.data.files import Position
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
-from llama2_jax.data.schemas import Dialog, read_good
-from llama2_jax.data.sources import Tally, skipped
+from llama2_jax.data.rows import ANY, Barrier, Stream, as_bytes, read_columns, size_of, starts
+from llama2_jax.data.schemas import TREES, Dialog, joined, to_dialog
+from llama2_jax.data.sources import Part, Record, Tally, skipped
+from llama2_jax.data.tokenise import Chunk, Encoded, token_dtype
 from llama2_jax.text.dialog import cut_dialog, encode_dialog
 
 Batch = dict[str, np.ndarray]
@@ -106,6 +108,7 @@ class DialogData:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        barrier: Barrier = lambda name: None,
     ):
         if batch_size % process_count:
             raise UserError(f'A batch of {batch_size} rows cannot be divided among {process_count} processes.')
@@ -113,8 +116,9 @@ class DialogData:
         self._index = process_index
         components = parse_mixture(config.mixture)
         self._train, self._heldout = [], []
+        place = {'process_index': process_index, 'process_count': process_count, 'barrier': barrier}
         for component in components:
-            train, heldout = _read(component.source, tokenizer, length + 1, config.heldout, component.skip)
+            train, heldout = _read(component.source, tokenizer, length + 1, config.heldout, component.skip, **place)
             if not len(train):
                 raise UserError(
                     f'Source {component.source} has no dialogs to train on, for length={length} '
@@ -163,7 +167,7 @@ class DialogData:
                 names.append('an empty row')
                 continue
             train = self._train[source]
-            names.append(f'row {row} of {self.sources[source].name} ({", ".join(train.places[i] for i in train.rows[row])})')
+            names.append(f'row {row} of {self.sources[source].name} ({", ".join(map(train.where, train.rows[row]))})')
         return names
 
     def table(self) -> str:
@@ -198,85 +202,128 @@ _EMPTY = (-1, -1)
 TOO_LONG = 'too long'
 
 
+_DIALOG = np.dtype([('length', '<i4'), ('trained', '<i4'), ('bytes', '<i4'), ('place', '<i4'), ('fate', '<u8')])
+"""A dialog in a column: numbers of its tokens, of those trained, of its trained answers' bytes and of the bytes of its place; a
+hash of its first question."""
+
+
 class _Packed:
-    """Dialogs as tokens end to end, with whether each is trained, and the rows that they are packed into.
+    """Some dialogs of a source and the rows that they are packed into: numbers in memory, tokens where they lie.
+
+    Args:
+      columns: Of the source, as `_Encoder` makes them.
+      mine: Indices of the dialogs.
+      room: Tokens of a row.
+      tally: What became of the rows of the source.
 
     Attributes:
-      places: of each dialog, 'a.jsonl:17'.
-      tally: what became of the rows.
-      bytes: of the answers that are trained on.
-      tokens, trained: all dialogs end to end, once packed.
-      rows: the dialogs of each row, once packed.
+      rows: The dialogs of each row.
     """
 
-    def __init__(self, room: int):
-        self._room, self._tokens, self._trained, self._ends = room, array('I'), bytearray(), array('q', [0])
-        self.places: list[str] = []
-        self.tally, self.bytes = Tally(), 0
+    def __init__(self, columns: dict[str, Stream], mine: np.ndarray, room: int, tally: Tally):
+        self.tally, self._columns, self._mine, self._room = tally, columns, mine.tolist(), room
+        numbers = columns['dialogs'].read(0, len(columns['dialogs']))
+        self._tokens, self._places = starts(numbers['length']), starts(numbers['place'])
+        self.numbers = numbers[mine]
+        self.rows = best_fit(self.numbers['length'].astype(np.int64), room)
 
     def __len__(self) -> int:
-        return len(self.places)
-
-    def add(self, where: str, dialog: Dialog, ids: list[int], trained: list[bool]) -> None:
-        self._tokens.extend(ids)
-        self._trained.extend(trained)
-        self._ends.append(len(self._tokens))
-        self.places.append(where)
-        self.bytes += sum(len(message['content'].strip().encode()) for message in dialog if is_trained(message))
-
-    def pack(self) -> None:
-        self.tokens = np.frombuffer(self._tokens, np.uint32)
-        self.trained = np.frombuffer(self._trained, bool)
-        self.rows = best_fit(np.diff(np.frombuffer(self._ends, np.int64)), self._room)
+        return len(self._mine)
 
     def dialogs(self, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The (ids, trained) of the dialogs of a row."""
         for i in self.rows[row]:
-            here = slice(self._ends[i], self._ends[i + 1])
-            yield self.tokens[here], self.trained[here]
+            here = self._tokens[self._mine[i] : self._mine[i] + 2].tolist()
+            yield self._columns['tokens'].read(*here), self._columns['trained'].read(*here)
+
+    def where(self, dialog: int) -> str:
+        """The place of a dialog, 'a.jsonl:17'."""
+        here = self._places[self._mine[dialog] : self._mine[dialog] + 2].tolist()
+        return self._columns['places'].read(*here).tobytes().decode()
 
     def info(self, name: str, weight: float, epochs: float, heldout: '_Packed') -> DialogInfo:
+        tokens = int(self.numbers['length'].sum(dtype=np.int64))
         return DialogInfo(
             name=name,
             weight=weight,
             dialogs=len(self),
             rows=len(self.rows),
-            tokens=len(self.tokens),
-            trained_share=float(self.trained.mean()),
-            padding_share=1 - len(self.tokens) / (len(self.rows) * self._room),
+            tokens=tokens,
+            trained_share=float(self.numbers['trained'].sum(dtype=np.int64)) / tokens,
+            padding_share=1 - tokens / (len(self.rows) * self._room),
             cut=self.tally.cut,
             dropped=sum(self.tally.dropped.values()) + len(self.tally.bad),
             reasons=str(self.tally),
             epochs=epochs,
-            heldout_tokens=int(heldout.trained.sum()),
-            heldout_bytes=heldout.bytes,
+            heldout_tokens=int(heldout.numbers['trained'].sum(dtype=np.int64)),
+            heldout_bytes=int(heldout.numbers['bytes'].sum(dtype=np.int64)),
         )
 
 
-def _read(source: str, tokenizer, room: int, share: float, skip: int) -> tuple[_Packed, _Packed]:
-    """The dialogs of a source, to train on and held out, in rows of `room` tokens; the first says what became of the rows.
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Rows to columns; a dialog of more than `room` tokens loses its last turns."""
+
+    tokenizer: Any
+    room: int
+
+    by_content = True
+
+    @property
+    def key(self) -> tuple:
+        return 'dialogs', 1, self.tokenizer.fingerprint, self.room
+
+    @property
+    def columns(self) -> dict[str, np.dtype]:
+        names = {'tokens': token_dtype(self.tokenizer), 'trained': np.dtype('?')}
+        return names | {'dialogs': _DIALOG, 'places': np.dtype('|u1')}
+
+    def read(self, part: Part, start: Position) -> Iterator[tuple[Record, int, Position | None]]:
+        for record in joined(part.records(start), (TREES,)):
+            yield record, size_of(record.value), record.end
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        tally, tokens, learned, numbers, places = Tally(ANY), [], [], [], []
+        for row in chunk.units:
+            try:
+                dialog, reason = to_dialog(row)
+                if dialog and not any(map(is_trained, dialog)):
+                    raise UserError(f'{row.where}: there is nothing to learn, every answer has weight 0.')
+                ids, trained = encode_dialog(dialog, self.tokenizer, row.where) if dialog else ([], [])
+            except UserError as error:
+                tally.refuse(error)
+                continue
+            if dialog and len(ids) > self.room:
+                dialog, reason = cut_dialog(dialog, self.tokenizer, self.room), TOO_LONG
+                ids, trained = encode_dialog(dialog, self.tokenizer, row.where) if dialog else ([], [])
+                tally.cut += any(trained)
+            if not any(trained):
+                tally.dropped[reason] += 1
+                continue
+            size = sum(len(message['content'].strip().encode()) for message in dialog if is_trained(message))
+            numbers.append((len(ids), sum(trained), size, len(row.where.encode()), fate(dialog)))
+            tokens.append(ids)
+            learned.append(trained)
+            places.append(row.where)
+        columns = {
+            'tokens': np.fromiter(itertools.chain.from_iterable(tokens), np.uint32),
+            'trained': np.fromiter(itertools.chain.from_iterable(learned), bool),
+            'dialogs': np.array(numbers, _DIALOG),
+            'places': as_bytes(places)[0],
+        }
+        return Encoded(columns, tally=tally)
+
+
+def _read(source: str, tokenizer, room: int, share: float, skip: int, **place: Any) -> tuple[_Packed, _Packed]:
+    """The dialogs of a source, to train on and held out, in rows of `room` tokens; tokenised by the processes of `place`.
 
     Raises:
       UserError: naming file and row, also of a dialog in which nothing is to be learned.
     """
-    train, heldout = _Packed(room), _Packed(room)
-    train.tally = tally = Tally(skip)
-    for where, dialog in read_good(source, tally):
-        if not any(map(is_trained, dialog)):
-            tally.refuse(f'{where}: there is nothing to learn, every answer has weight 0.')
-            continue
-        ids, trained = encode_dialog(dialog, tokenizer, where)
-        if len(ids) > room:
-            dialog = cut_dialog(dialog, tokenizer, room)
-            ids, trained = encode_dialog(dialog, tokenizer, where) if dialog else ([], [])
-            if not any(trained):
-                tally.dropped[TOO_LONG] += 1
-                continue
-            tally.cut += 1
-        (heldout if held_out(dialog, share) else train).add(where, dialog, ids, trained)
-    train.pack()
-    heldout.pack()
-    return train, heldout
+    tally = Tally(skip)
+    columns = read_columns(source, _Encoder(tokenizer, room), tally, **place)
+    out = columns['dialogs'].read(0, len(columns['dialogs']))['fate'] / 2**64 < share
+    return _Packed(columns, np.flatnonzero(~out), room, tally), _Packed(columns, np.flatnonzero(out), room, Tally())
 
 
 def is_trained(message: dict) -> bool:
@@ -286,7 +333,12 @@ def is_trained(message: dict) -> bool:
 
 def held_out(dialog: Dialog, share: float) -> bool:
     """By the first question: what is asked in held-out dialogs is not learned from other answers to the same."""
-    return int.from_bytes(hashlib.blake2b(question(dialog).encode(), digest_size=8).digest()) / 2**64 < share
+    return fate(dialog) / 2**64 < share
+
+
+def fate(dialog: Dialog) -> int:
+    """A hash of the first question, below 2^64."""
+    return int.from_bytes(hashlib.blake2b(question(dialog).encode(), digest_size=8).digest())
 
 
 def question(dialog: Dialog) -> str:

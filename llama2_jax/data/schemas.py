@@ -14,7 +14,7 @@ from typing import Any
 from llama2_jax.config import UserError, listed, reason, shown
 from llama2_jax.data import sources
 from llama2_jax.data.files import Position
-from llama2_jax.data.sources import Record, Tally
+from llama2_jax.data.sources import Record
 from llama2_jax.text.dialog import SPECIAL_TAGS, check_dialog, has_special_tags
 
 Fields = Mapping[str, Any]
@@ -104,20 +104,6 @@ def to_dialog(record: Record) -> tuple[Dialog | None, str]:
         return None, NO_ANSWER
     check(dialog, record.where)
     return dialog, ''
-
-
-def read_good(source: str, tally: Tally) -> Iterator[tuple[str, Dialog]]:
-    """The dialogs of a source that there are, the others counted."""
-    for record in joined(sources.read_records(source), (TREES,)):
-        try:
-            dialog, reason = to_dialog(record)
-        except UserError as error:
-            tally.refuse(error)
-            continue
-        if dialog is None:
-            tally.dropped[reason] += 1
-        else:
-            yield record.where, dialog
 
 
 def trimmed(dialog: Dialog) -> Dialog:

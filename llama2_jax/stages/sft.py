@@ -28,7 +28,8 @@ from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, in_eight_bits, make_adapters, merge, with_adapters
 from llama2_jax.planning import aot
-from llama2_jax.runtime import chip_of, compiler_options, is_main_process, say
+from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
+from llama2_jax.runtime.hosts import DAY
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.text.dialog import encode_prompt
@@ -110,6 +111,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        barrier=partial(barrier, seconds=DAY),  # one process may have more to tokenise than another
     )
     say(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     if not started and is_main_process():

@@ -1,4 +1,4 @@
-"""Comparisons in a token cache: the batches and counts of those that are tokenised at start."""
+"""Comparisons and dialogs in a token cache: the batches and counts of those that are tokenised at start."""
 
 import json
 
@@ -7,7 +7,8 @@ from batches import equal
 from byte_tokenizer import ByteTokenizer
 
 from llama2_jax.config import UserError
-from llama2_jax.data import preferences, tokenise
+from llama2_jax.data import dialogs, preferences, tokenise
+from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 
 
@@ -112,3 +113,34 @@ def test_a_damaged_record_is_named(make, tmp_path):
     file.write_bytes(bytes(data))
     with pytest.raises(UserError, match=r'tokens-00000\.arrayrecord is corrupt'):
         make(path)
+
+
+def test_dialogs_are_the_same_in_memory_built_read_and_grown(tmp_path, monkeypatch):
+    monkeypatch.setenv('LLAMA2_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(tokenise, 'CHUNK', 1500)
+    monkeypatch.setattr(tokenise.os, 'cpu_count', lambda: 1)
+    path, encoded, encode = tmp_path / 'a.jsonl', [], dialogs.to_dialog
+    monkeypatch.setattr(dialogs, 'to_dialog', lambda record: encoded.append(record.where) or encode(record))
+
+    def write(first, last):
+        with path.open('a') as file:
+            for i in range(first, last):
+                row = {'prompt': f'question {i}' * (30 if i % 10 == 2 else 1), 'output': f'answer {i} é'}
+                file.write(json.dumps({'prompt': 1} if i == 7 else row) + '\n')
+
+    def make(few=0):
+        monkeypatch.setattr(tokenise, 'FEW', few)
+        encoded.clear()
+        data = DialogData(DialogConfig(f'rows:{path} skip=1', heldout=0.1), Bytes(), length=99, batch_size=4, seed=0)
+        batches = [*data.train(), *data.heldout(0)]
+        return batches, data.table(), [data.describe(batch['record_ids']) for batch in data.train()], len(encoded)
+
+    write(0, 200)
+    expected = make(few=10**9)
+    assert '20 too long, 1 bad rows' in expected[1] and 'a.jsonl:8' in expected[1]
+    built, read = make(), make()
+    assert is_same(built, expected) and is_same(read, expected)
+    assert (built[3], read[3]) == (200, 0)
+    write(200, 205)
+    grown = make()
+    assert grown[3] < 40 and is_same(grown, make(few=10**9))
