@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -232,12 +233,50 @@ def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 def _arrow(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     def batches() -> Iterator[pa.RecordBatch]:
-        if file.peek(6)[:6] == b'ARROW1':
-            reader = pa.ipc.open_file(file)
-            return (reader.get_batch(i) for i in range(reader.num_record_batches))
+        start = 8 if file.peek(6)[:6] == b'ARROW1' else 0  # a file is a stream after its magic; its footer is not needed
+        file.seek(start)
+        size = sum(map(_unpacked_size, pa.ipc.MessageReader.open_stream(file)))
+        check_growth(path, size, file.seek(0, io.SEEK_END))
+        file.seek(start)
         return iter(pa.ipc.open_stream(file))
 
     yield from _batches(path, batches)
+
+
+def _unpacked_size(message: pa.ipc.Message) -> int:
+    """Bytes that the buffers of an Arrow message have once they are decompressed, as they say themselves.
+
+    pyarrow decompresses a whole message and has no limit for that, so this reads the FlatBuffers of Arrow's `Message.fbs`.
+
+    Raises:
+      OSError: the message is damaged.
+    """
+    data, body = memoryview(message.metadata), memoryview(message.body or b'')
+
+    def field(table: int, number: int) -> int:
+        """Where a field of a table lies, 0 if it is absent."""
+        layout = table - struct.unpack_from('<i', data, table)[0]
+        slot = 4 + 2 * number
+        offset = struct.unpack_from('<H', data, layout + slot)[0] if slot < struct.unpack_from('<H', data, layout)[0] else 0
+        return offset and table + offset
+
+    def follow(at: int) -> int:
+        return at + struct.unpack_from('<I', data, at)[0]
+
+    try:
+        if message.type not in ('record batch', 'dictionary'):
+            return 0
+        batch = follow(field(follow(0), 2))  # Message.header
+        if message.type == 'dictionary':
+            batch = follow(field(batch, 1))  # DictionaryBatch.data
+        if not field(batch, 3):  # RecordBatch.compression
+            return len(body)
+        vector = follow(field(batch, 2))  # RecordBatch.buffers
+        places = struct.iter_unpack('<2q', data[vector + 4 : vector + 4 + 16 * struct.unpack_from('<I', data, vector)[0]])
+        sizes = [struct.unpack_from('<q', body, offset)[0] if length else 0 for offset, length in places]
+        return sum(size for size in sizes if size > 0)  # -1: as it lies
+    except struct.error as error:
+        raise OSError(f'damaged message: {error}') from None
 
 
 def _batches(path: str, open) -> Iterator[tuple[str, Any]]:

@@ -30,6 +30,7 @@ from llama2_jax.data.cache import ANY, RECORD, Hold, TokenStream, as_tally, file
 from llama2_jax.data.files import BEGIN, Position
 from llama2_jax.data.sources import Part, Tally
 from llama2_jax.data.workers import run_in_order
+from llama2_jax.text.printable import printable
 
 FORMAT = 3  # change it when the same source would be read, cut or stored differently
 CHUNK = 2**20  # characters that a process tokenises at once; documents are shuffled within a chunk
@@ -359,7 +360,9 @@ def _build_parts(directory: Path, jobs: list[_Job], encoder: Encoder, workers: i
     sizes = [job.part.bytes for job in jobs]
     total = None if None in sizes else sum(sizes) - sum(job.start[0] for job in jobs) or None  # unknown for gz
     by_index, budget = {job.index: job for job in jobs}, Tally(skip)
-    with tqdm(total=total, desc=f'tokenising {title}', unit='B', unit_scale=True, disable=not title or not jobs) as bar:
+    with tqdm(
+        total=total, desc=f'tokenising {printable(title, line=True)}', unit='B', unit_scale=True, disable=not title or not jobs
+    ) as bar:
 
         def watched(results: Iterable[tuple[Chunk, Encoded]]) -> Iterator[tuple[Chunk, Encoded]]:
             for chunk, encoded in results:

@@ -71,6 +71,24 @@ def test_comparisons_of_the_wrong_types_are_refused_with_their_row(source, rows)
     refuse(read_comparisons, source(*rows), r'a\.jsonl:1')
 
 
+@pytest.mark.parametrize('kind', ['file', 'stream'])
+@pytest.mark.parametrize('codec', ['zstd', 'lz4'])
+@pytest.mark.parametrize('dictionary', [False, True])
+def test_arrow_buffers_that_grow_without_measure_are_refused(tmp_path, kind, codec, dictionary):
+    def write(name, text):
+        column = pa.array([text])
+        table = pa.table({'text': column.dictionary_encode() if dictionary else column})
+        make = pa.ipc.new_file if kind == 'file' else pa.ipc.new_stream
+        with make(str(tmp_path / name), table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+            writer.write_table(table)
+
+    write('a.arrow', 'x' * 2**17)
+    [record] = read_records(f'rows:{tmp_path}/a.arrow')
+    assert record.fields == {'text': 'x' * 2**17}
+    write('b.arrow', ' ' * 10**8)
+    refuse(read_records, f'rows:{tmp_path}/b.arrow', r'b\.arrow holds 1000000\d\d bytes')
+
+
 def test_arrow_offsets_outside_of_their_buffer_are_refused(tmp_path):
     table = pa.table({'text': ['hello', 'world']})
     sink = pa.BufferOutputStream()
