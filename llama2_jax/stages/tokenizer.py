@@ -6,7 +6,7 @@ from typing import Annotated
 
 from etils.epath import Path
 
-from llama2_jax import made_from, runtime
+from llama2_jax import runtime
 from llama2_jax.checkpoints.directory import check_vocabulary
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data import sources
@@ -39,7 +39,7 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
     trained = (locate(workdir) / FILE_NAME).exists()
     fields = () if trained else tuple(field.name for field in dataclasses.fields(config))
     path = open_workdir(workdir, config, may_change=fields) / FILE_NAME
-    record_inputs(path.parent, made_from.of_sources('source', names), trained)
+    record_inputs(path.parent, {f'source={name}': sources.fingerprint(name) for name in names}, trained)
     if trained:
         runtime.say(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():
