@@ -31,7 +31,7 @@ NUM_SAMPLES = flags.DEFINE_integer('num_samples', 1, 'Samples of each prompt.', 
 TEMPERATURE = flags.DEFINE_float('temperature', 0.6, '0 takes the most likely token each time.', lower_bound=0)
 TOP_P = flags.DEFINE_float('top_p', 0.9, 'Share of the probability to draw from.', lower_bound=0, upper_bound=1)
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draws from so many tokens at most; 0: no limit.', lower_bound=0)
-SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+SEED = flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0)
 STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a sample; may be repeated.')
 CHAT = flags.DEFINE_bool('chat', None, "Prompts are users' messages; by default if the model says that it chats.")
 LOGPROBS = flags.DEFINE_bool('logprobs', False, 'With --prompts: write the log-probability of every new token.')

@@ -75,7 +75,7 @@ def figures(judged: Judged) -> dict[str, Any]:
 
     accuracy in all, 'by rating' and 'by turns'; of answers labelled safe or not, 'unsafe recall' at UNSAFE, 'gate precision' and
     'gate recall' at GATE, and recall at the score below which ALARMS of the safe ones lie; 'calibration': for pairs by what
-    sigmoid of the difference foretells, that and how often it was so; 'length correlation': of score with number of tokens, in
+    sigmoid of the difference predicts, that and how often it was so; 'length correlation': of score with number of tokens, in
     all and of the differences within pairs; mean and std of scores.
     """
     chosen, rejected = judged.scores.T
@@ -119,14 +119,14 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def calibration(difference: np.ndarray) -> list[dict[str, float]]:
-    """Win rates by what was foretold: pairs in BINS of equal size by the size of the difference, as its sign has it.
+    """Win rates by what was predicted: pairs in BINS of equal size by the size of the difference, as its sign has it.
 
     Foretold is sigmoid |difference|, the chance that the answer with the higher score is preferred; 'win rate' how often it was.
     """
     order = np.argsort(np.abs(difference), kind='stable')
     bins = [part for part in np.array_split(order, BINS) if len(part)]
     return [
-        {'foretold': float(sigmoid(np.abs(difference[part])).mean()), 'win rate': float((difference[part] > 0).mean())}
+        {'predicted': float(sigmoid(np.abs(difference[part])).mean()), 'win rate': float((difference[part] > 0).mean())}
         for part in bins
     ]
 
@@ -162,8 +162,8 @@ def plot(path: Path, model: str, judged: Sequence[Judged]) -> None:
     for row, (left, right) in zip(judged, figure.subplots(len(judged), 2, squeeze=False), strict=True):
         points = calibration(row.scores[:, 0] - row.scores[:, 1])
         left.plot([0.5, 1], [0.5, 1], color='grey', linewidth=1, label='perfect')
-        left.plot([point['foretold'] for point in points], [point['win rate'] for point in points], marker='o', label='win rate')
-        left.set(xlabel='foretold: sigmoid of the difference', ylabel='share of pairs', title=row.source)
+        left.plot([point['predicted'] for point in points], [point['win rate'] for point in points], marker='o', label='win rate')
+        left.set(xlabel='predicted: sigmoid of the difference', ylabel='share of pairs', title=row.source)
         edges = np.linspace(row.scores.min(), row.scores.max() + 1e-6, 41)
         for side, name in enumerate(('chosen', 'rejected')):
             right.hist(row.scores[:, side], edges, alpha=0.5, label=name)

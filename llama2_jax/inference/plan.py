@@ -14,7 +14,7 @@ from llama2_jax.planning import aot
 
 
 def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8: bool) -> str:
-    """Compiles one step of decoding for the devices here, or for a TPU slice that need not be there; the report, for people.
+    """Compiles one step of decoding for the local devices, or for a TPU topology that need not be attached; returns the report.
 
     Args:
       model: a size, such as '7b', or any model.

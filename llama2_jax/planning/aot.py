@@ -115,7 +115,7 @@ class Report:
 
 
 def topology_devices(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU slice that need not be there, such as 'v5p:4x8x8'.
+    """The devices of a TPU topology that need not be attached, such as 'v5p:4x8x8'.
 
     Raises:
       UserError: if libtpu is not installed, or knows no such slice.

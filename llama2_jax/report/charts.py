@@ -75,7 +75,7 @@ def chart(title: str, series: Sequence[Series], x: str = 'step', square: tuple[f
       title: of the figure.
       series: lines and points, each with a colour of its own; a faint one has that of the next.
       x: what the x axis says.
-      square: both axes run from one to the other, with a diagonal where what is foretold is what comes.
+      square: both axes run from one to the other, with the diagonal of perfect calibration.
     """
     series = [each for each in series if each.points]
     if not series:

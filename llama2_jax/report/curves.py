@@ -53,13 +53,13 @@ def against_kl(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def calibration(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """What came against what was foretold, of rows with such columns; '' of others."""
-    pairs = (('foretold', 'win rate'), ('predicted', 'observed'), ('confidence', 'accuracy'))
-    for foretold, came in pairs:
-        points = [(row[foretold], row[came]) for row in rows if _numbers(row, foretold, came)]
+    """Calibration plot, predicted against observed, of rows with such columns; '' for others."""
+    pairs = (('predicted', 'win rate'), ('predicted', 'observed'), ('confidence', 'accuracy'))
+    for predicted, observed in pairs:
+        points = [(row[predicted], row[observed]) for row in rows if _numbers(row, predicted, observed)]
         if len(points) > 1:
             least = 0.5 if min(map(min, points)) >= 0.5 else 0.0
-            return chart(title, [Series(came, sorted(points))], x=foretold, square=(least, 1.0))
+            return chart(title, [Series(observed, sorted(points))], x=predicted, square=(least, 1.0))
     return ''
 
 

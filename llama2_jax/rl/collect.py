@@ -70,7 +70,7 @@ class CollectConfig(Config):
 
 
 def run(config: CollectConfig, workdir: str) -> None:
-    """Samples and rates in `workdir`, or goes on with it.
+    """Samples and rates in `workdir`, or resumes there.
 
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.

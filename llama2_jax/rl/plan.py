@@ -79,7 +79,7 @@ class Plan:
 
 
 def dry_run(config: PPOConfig, topology: str | None) -> Plan:
-    """Compiles all programs of an iteration for the devices here, or for a TPU slice that need not be there.
+    """Compiles all programs of an iteration for the local devices, or for a TPU topology that need not be attached.
 
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or all together do not fit its chips.

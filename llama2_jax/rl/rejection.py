@@ -92,7 +92,7 @@ class RejectionConfig(Config):
 
 
 def run(config: RejectionConfig, workdir: str) -> None:
-    """Samples, chooses and fine-tunes, or goes on with it, in `workdir`, and writes `workdir/model`.
+    """Samples, chooses and fine-tunes in `workdir`, or resumes there, and writes `workdir/model`.
 
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
@@ -300,7 +300,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def dry_run(config: RejectionConfig, topology: str | None) -> str:
-    """What a step of sampling and a step of fine-tuning take, on the devices here or on a TPU slice that need not be there."""
+    """What steps of sampling and fine-tuning take, on the local devices or on a TPU topology that need not be attached."""
     policy = config.sample_from or 'tiny'
     length = config.prompts.longest + config.max_new_tokens
     sampling = plan.dry_run(policy, topology, config.decode_batch, length, int8=False)

@@ -96,7 +96,7 @@ class RlhfConfig(Config):
 
 
 def run(config: RlhfConfig, workdir: str) -> None:
-    """Makes the versions, or goes on with them, in `workdir`; writes versions.md, versions.json and versions.png.
+    """Makes the versions in `workdir`, or resumes there; writes versions.md, versions.json and versions.png.
 
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.

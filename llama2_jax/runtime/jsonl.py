@@ -28,7 +28,7 @@ def resume_rows(path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         whole = False
     if not whole:
-        raise UserError(f'{path} is damaged: it has lines that are no rows; remove it to begin anew.')
+        raise UserError(f'{path} is damaged: it contains lines that are not JSON objects. Delete it to start over.')
     barrier('rows read')
     if rest and is_main_process():
         os.truncate(path, sum(len(line.encode()) + 1 for line in lines))  # on a disk: what is in a bucket is whole
@@ -91,5 +91,5 @@ def resume(path: Path, settings: Mapping[str, Any], names: list[Any]) -> int:
     check_settings(path, settings, read_json(beside))
     rows = resume_rows(path)
     if [row.get('id') for row in rows] != names[: len(rows)]:
-        raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order; remove it to begin anew.')
+        raise UserError(f'{path} is damaged: its lines are not results of the prompts in their order. Delete it to start over.')
     return len(rows)

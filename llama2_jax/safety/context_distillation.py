@@ -72,7 +72,7 @@ class DistillConfig(Config):
 
 
 def run(config: DistillConfig, workdir: str) -> None:
-    """Samples, keeps and, with `tune`, fine-tunes in `workdir`, or goes on with it.
+    """Samples, keeps and, with `tune`, fine-tunes in `workdir`; resumes an interrupted run.
 
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.

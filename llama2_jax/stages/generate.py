@@ -71,7 +71,7 @@ def _setting(name: str, value: Any, where: str) -> Any:
             return tuple(items)
     elif type(value) is int or (type(value) is float and name in ('temperature', 'top_p')):
         return value
-    raise UserError(f'{where}: {name} is {value!r}, which it cannot be.')
+    raise UserError(f'{where}: invalid value {value!r} for {name}.')
 
 
 def run(

@@ -85,7 +85,7 @@ class GhostConfig(Config):
 
 
 def run(config: GhostConfig, workdir: str) -> None:
-    """Writes WORKDIR/samples.jsonl, or goes on with it, and dialogs.jsonl; with `tune` also model/ and recall.json.
+    """Writes or resumes WORKDIR/samples.jsonl, and dialogs.jsonl; with `tune` also model/ and recall.json.
 
     Raises:
       UserError: any mistake in the config, the model, the dialogs or the constraints.

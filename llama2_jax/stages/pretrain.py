@@ -121,7 +121,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
 
 
 def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
 
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
@@ -186,7 +186,7 @@ def split(batch: Batch, mask_documents: bool) -> Batch:
     inputs, targets = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
     before, after = batch['segment_ids'][:, :-1], batch['segment_ids'][:, 1:]
     weights = batch['trained'][:, 1:] if 'trained' in batch else after > 0
-    if mask_documents:  # the next document's BOS cannot be foretold from this one
+    if mask_documents:  # the next document's BOS cannot be predicted from this one
         weights &= before == after
     parts = {'inputs': inputs, 'targets': targets, 'weights': weights.astype(jnp.float32)}
     if mask_documents:

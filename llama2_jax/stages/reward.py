@@ -138,7 +138,7 @@ def run(config: RewardConfig, workdir: str) -> State:
 
 
 def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
 
     As if every pair filled a row: a run packs several of them into one.
 

@@ -198,7 +198,7 @@ def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
 
 
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the devices here, or for a TPU slice that need not be there, and reports what it takes.
+    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
 
     Raises:
       UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.

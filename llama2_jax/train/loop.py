@@ -160,7 +160,7 @@ def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, 
         return
     checkpoints.wait()
     last = checkpoints.directory / str(checkpoints.steps[-1]) if checkpoints.steps else 'none yet'
-    raise UserError(f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N goes on without up to N such steps.')
+    raise UserError(f'{what}. The last good checkpoint: {last}. --set loop.skip_nonfinite=N skips up to N such steps.')
 
 
 def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report, code: int) -> None:

@@ -61,8 +61,8 @@ def test_calibration_of_a_calibrated_model():
     size = draw.uniform(0, 4, 20_000)
     difference = np.where(draw.random(20_000) < 1 / (1 + np.exp(-size)), size, -size)
     bins = calibration(difference)
-    assert len(bins) == 10 and bins[0]['foretold'] < 0.56 and bins[-1]['foretold'] > 0.97
-    assert all(abs(point['foretold'] - point['win rate']) < 0.03 for point in bins)
+    assert len(bins) == 10 and bins[0]['predicted'] < 0.56 and bins[-1]['predicted'] > 0.97
+    assert all(abs(point['predicted'] - point['win rate']) < 0.03 for point in bins)
 
 
 @pytest.fixture(scope='module')
