@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,19 +33,18 @@ def need(missing, *locks):
 
 
 @pytest.fixture(scope='module')
-def everybody(tmp_path_factory):
-    """The sandbox and the list of attacks where any user can read them."""
-    home = tmp_path_factory.mktemp('sandbox')
-    (home / 'llama2_jax/evals').mkdir(parents=True)
-    for path in (EVALS.parent / '__init__.py', EVALS.parent / 'config.py'):
-        shutil.copy(path, home / 'llama2_jax')
-    for path in (EVALS / '__init__.py', *EVALS.glob('sandbox*.py')):
-        shutil.copy(path, home / 'llama2_jax/evals')
-    shutil.copy(Path(__file__).with_name('attacks.py'), home)
-    for path in (home, *home.parents):
-        if path.stat().st_uid == os.getuid() and path not in (Path('/'), Path('/tmp')):
-            path.chmod(0o755)
-    return home
+def everybody():
+    """The sandbox and the list of attacks where every user can read them; pytest closes its own folders at each start."""
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        home.chmod(0o755)
+        (home / 'llama2_jax/evals').mkdir(parents=True)
+        for path in (EVALS.parent / '__init__.py', EVALS.parent / 'config.py'):
+            shutil.copy(path, home / 'llama2_jax')
+        for path in (EVALS / '__init__.py', *EVALS.glob('sandbox*.py')):
+            shutil.copy(path, home / 'llama2_jax/evals')
+        shutil.copy(Path(__file__).with_name('attacks.py'), home)
+        yield home
 
 
 SYSTEM = '/usr/bin/python3'  # which every user may run
