@@ -17,12 +17,12 @@ import grain
 import numpy as np
 
 from llama2_jax.config import Config, Names, UserError, between
-from llama2_jax.data.files import Position
+from llama2_jax.data.cache import ANY
 from llama2_jax.data.mixing import Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
-from llama2_jax.data.rows import ANY, Barrier, Stream, as_bytes, read_columns, size_of, starts
-from llama2_jax.data.schemas import TREES, Dialog, joined, to_dialog
-from llama2_jax.data.sources import Part, Record, Tally, skipped
+from llama2_jax.data.rows import Barrier, RowEncoder, Stream, as_bytes, read_columns, starts
+from llama2_jax.data.schemas import TREES, Dialog, to_dialog
+from llama2_jax.data.sources import Tally, skipped
 from llama2_jax.data.tokenise import Chunk, Encoded, token_dtype
 from llama2_jax.text.dialog import cut_dialog, encode_dialog
 
@@ -261,13 +261,13 @@ class _Packed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Encoder:
+class _Encoder(RowEncoder):
     """Rows to columns; a dialog of more than `room` tokens loses its last turns."""
 
     tokenizer: Any
     room: int
 
-    by_content = True
+    joins = (TREES,)
 
     @property
     def key(self) -> tuple:
@@ -277,10 +277,6 @@ class _Encoder:
     def columns(self) -> dict[str, np.dtype]:
         names = {'tokens': token_dtype(self.tokenizer), 'trained': np.dtype('?')}
         return names | {'dialogs': _DIALOG, 'places': np.dtype('|u1')}
-
-    def read(self, part: Part, start: Position) -> Iterator[tuple[Record, int, Position | None]]:
-        for record in joined(part.records(start), (TREES,)):
-            yield record, size_of(record.value), record.end
 
     def __call__(self, chunk: Chunk) -> Encoded:
         tally, tokens, learned, numbers, places = Tally(ANY), [], [], [], []

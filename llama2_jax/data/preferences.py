@@ -16,14 +16,13 @@ from typing import Annotated, Any
 import numpy as np
 
 from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.data.cache import ANY
 from llama2_jax.data.comparisons import JOINS, RATINGS, Comparison, to_comparisons
 from llama2_jax.data.dialogs import TOO_LONG, question, shuffled
-from llama2_jax.data.files import Position
 from llama2_jax.data.mixing import Component, Interleave, amounts, parse_mixture, source_seed
 from llama2_jax.data.packing import best_fit
-from llama2_jax.data.rows import ANY, Barrier, Stream, as_bytes, read_columns, size_of, starts
-from llama2_jax.data.schemas import joined
-from llama2_jax.data.sources import Part, Record, Tally, skipped
+from llama2_jax.data.rows import Barrier, RowEncoder, Stream, as_bytes, read_columns, starts
+from llama2_jax.data.sources import Tally, skipped
 from llama2_jax.data.tokenise import Chunk, Encoded, token_dtype
 from llama2_jax.text.dialog import encode_dialog
 
@@ -315,13 +314,13 @@ class PreferenceData:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Encoder:
+class _Encoder(RowEncoder):
     """Rows to columns; an answer has `room` tokens with its prompt."""
 
     tokenizer: Any
     room: int
 
-    by_content = True
+    joins = JOINS
 
     @property
     def key(self) -> tuple:
@@ -330,10 +329,6 @@ class _Encoder:
     @property
     def columns(self) -> dict[str, np.dtype]:
         return {'tokens': token_dtype(self.tokenizer), 'pairs': _PAIR, 'places': np.dtype('|u1')}
-
-    def read(self, part: Part, start: Position) -> Iterator[tuple[Record, int, Position | None]]:
-        for record in joined(part.records(start), JOINS):
-            yield record, size_of(record.value), record.end
 
     def __call__(self, chunk: Chunk) -> Encoded:
         tally, pairs, numbers = Tally(ANY), [], []

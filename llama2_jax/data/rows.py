@@ -1,17 +1,35 @@
 """Dialogs and comparisons as tokens: a small source is tokenised at start and held in memory, a large one has a token cache."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from llama2_jax.data import sources, tokenise
-from llama2_jax.data.cache import ANY, Cache
-from llama2_jax.data.sources import Tally
+from llama2_jax.data.cache import Cache
+from llama2_jax.data.files import Position
+from llama2_jax.data.schemas import Join, joined
+from llama2_jax.data.sources import Part, Record, Tally
 from llama2_jax.data.tokenise import Chunk, Encoder
 
 Barrier = Callable[[str], None]
+
+
+class RowEncoder:
+    """Reads the rows of a part; its children turn chunks of them into columns (`tokenise.Encoder`).
+
+    Attributes:
+      joins: Rows that belong together.
+    """
+
+    by_content = True
+    joins: Sequence[Join] = ()
+
+    def read(self, part: Part, start: Position) -> Iterator[tuple[Record, int, Position | None]]:
+        """Rows of a part with their sizes and the positions after them."""
+        for record in joined(part.records(start), self.joins):
+            yield record, size_of(record.value), record.end
 
 
 class Stream(Protocol):
@@ -86,6 +104,3 @@ def as_bytes(places: list[str]) -> tuple[np.ndarray, list[int]]:
 def starts(lengths: np.ndarray) -> np.ndarray:
     """Where things of these lengths begin that lie end to end, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-__all__ = ['ANY', 'Barrier', 'Stream', 'as_bytes', 'read_columns', 'size_of', 'starts']
