@@ -35,10 +35,11 @@ def test_accelerators_and_the_users_choice_stay(chosen, files, expected, monkeyp
 
 
 TOOL = """
-import sys, time
+import signal, sys, time
 from etils.epath import Path
 from llama2_jax import runtime
 from llama2_jax.runtime.jsonl import growing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in their background
 with runtime.user_errors(), growing(Path(sys.argv[1])) as add:
     runtime.start()
     add({'id': 0}, {'id': 1})

@@ -168,7 +168,7 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
     assert fresh['measures'] == result['measures']
     (tmp_path / 'letters.json').unlink()
     path.write_text('{}\n{"index"\n')
-    with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged: it has lines that are no rows'):
+    with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged'):
         evaluate.run_task(task, config, {}, Asker(engine, False), {}, tmp_path)
     path.write_text('{}\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds results for '):
