@@ -16,7 +16,7 @@ EXPERIMENTS = sorted(path for path in (ROOT / 'experiments').glob('*.py') if pat
 # What each part of the package may import of the others; never its own users.
 BASE = {'config', 'files', 'text'}
 MACHINE = BASE | {'mesh', 'runtime'}
-DATA = MACHINE | {'data', 'toy', 'safety'}
+DATA = MACHINE | {'data', 'toy'}
 TRAIN = MACHINE | {'ops', 'train', 'planning'}
 MODEL = TRAIN | {'model', 'checkpoints', 'inference'}
 STAGES = MODEL | DATA | {'evals', 'inputs', 'made_from', 'stages'}
@@ -35,13 +35,13 @@ ALLOWED = {
     'checkpoints': TRAIN | {'model'},
     'inference': MODEL,
     'data': BASE | {'runtime', 'toy'},
-    'toy': {'data', 'safety', 'evals', 'inference', 'text'},
+    'toy': {'data', 'evals', 'inference', 'text'},
     'evals': MODEL | {'data', 'toy'},
     'inputs': MODEL | {'data'},
     'made_from': MODEL | {'data'},
     'stages': STAGES,
     'safety': STAGES | {'rl'},
-    'rl': STAGES | {'rl'},
+    'rl': STAGES | {'rl', 'safety'},
     'report': BASE | {'runtime', 'train'},
 }
 

@@ -56,8 +56,6 @@ class TokenStream:
         """
         if start == stop:
             return np.empty(0, self._dtype)
-        if start == stop:
-            return np.empty(0, self._dtype)
         pieces = []
         for file, first, last in self._pieces(start, stop):
             records = self._records(file, first // RECORD, (last - 1) // RECORD + 1)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from llama2_jax import made_from
 from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between
+from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals.talk import usable
@@ -32,7 +33,6 @@ from llama2_jax.rl.rollout import sample_answers
 from llama2_jax.runtime import barrier, is_main_process, say
 from llama2_jax.runtime.jsonl import add_rows, resume_rows
 from llama2_jax.runtime.workdir import open_run, record_inputs
-from llama2_jax.safety.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt

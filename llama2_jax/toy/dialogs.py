@@ -11,7 +11,7 @@ import llama2_jax.toy.instructions as instructions
 import llama2_jax.toy.questions as questions
 import llama2_jax.toy.safety as safety
 from llama2_jax.data.instructions import draw, word
-from llama2_jax.safety.preprompts import TEMPLATES, preprompt
+from llama2_jax.data.preprompts import TEMPLATES, preprompt
 from llama2_jax.toy.oracle import Asked, Oracle
 from llama2_jax.toy.phrases import PERSON_FACTS, TOWN_FACTS, person_fields
 from llama2_jax.toy.questions import QUESTIONS, Request

@@ -9,11 +9,11 @@ import pytest
 from llama2_jax import made_from, toy
 from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.preprompts import TEMPLATES, preprompt
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.inference.engine import Sample
 from llama2_jax.safety import context_distillation
 from llama2_jax.safety.context_distillation import DistillConfig, prefixed, read_templates
-from llama2_jax.safety.preprompts import TEMPLATES, preprompt
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 from llama2_jax.toy.oracle import Oracle
