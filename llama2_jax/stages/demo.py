@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
+import jax
 from etils.epath import Path
 
 from llama2_jax import toy
 from llama2_jax.config import UserError
+from llama2_jax.evals.measure import SCORES, interval, resampled, wilson
 from llama2_jax.files import read_json, write_atomically
 from llama2_jax.runtime import say
 from llama2_jax.text.printable import printable
@@ -28,7 +31,10 @@ def summarise(workdir: str | Path) -> None:
     if missing := [name for name in VERSIONS if not (home / 'eval' / name / 'toy.json').exists()]:
         raise UserError(f'{home / "eval" / missing[0]}: the model {missing[0]} has not been evaluated; `make demo` does that.')
     rows = [{'version': title, **measures(home, name)} for name, title in VERSIONS.items()]
-    text = '\n\n'.join([as_table(stages(home)), as_table(rows), '\n\n'.join(transcripts(home))])
+    table = as_table({'version': title, **intervals(home, name)} for name, title in VERSIONS.items())
+    versions = f'llama2_jax {version("llama2_jax")}, JAX {jax.__version__}'
+    made = f'One run, greedy answers; in brackets 95 % intervals over the prompts ({versions}).'
+    text = '\n\n'.join([as_table(stages(home)), table, made, '\n\n'.join(transcripts(home))])
     write_atomically(home / 'versions.json', json.dumps(rows, indent=1) + '\n')
     write_atomically(home / 'summary.md', printable(text) + '\n')
     say(text)
@@ -41,6 +47,23 @@ def measures(home: Path, version: str) -> dict[str, float]:
     if missing := [name for name in MEASURES if not isinstance(found.get(name), float | int)]:
         raise UserError(f'{path} is damaged: it has no {missing[0]!r}. Remove it and evaluate the model again.')
     return {name: found[name] for name in MEASURES}
+
+
+def intervals(home: Path, version: str) -> dict[str, str]:
+    """What the oracle measured, for people: '62.8 % (60–66)' of a measure and its number of prompts."""
+    found = {}
+    for name, mean in measures(home, version).items():
+        values = [record[name] for record in answers(home, version) if isinstance(record.get(name), float)]
+        is_share = set(values) <= {0.0, 1.0} and name not in SCORES
+        low, high = wilson(mean, len(values)) if is_share else interval(resampled(values, name))
+        found[f'{name.replace("_", " ")}, n = {len(values)}'] = f'{mean:.1%} ({100 * low:.0f}–{100 * high:.0f})'
+    return found
+
+
+def answers(home: Path, version: str) -> list[dict[str, Any]]:
+    """The graded answers of a version."""
+    lines = (home / 'eval' / version / 'toy.jsonl').read_text(encoding='utf-8').splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def stages(home: Path) -> Iterator[dict[str, str]]:
@@ -70,14 +93,11 @@ def stages(home: Path) -> Iterator[dict[str, str]]:
 def transcripts(home: Path) -> Iterator[str]:
     """One held-out question of each kind, and what every version answers, in Markdown."""
     rows = list(toy.RECORDS['heldout']())
-    answers = {}
-    for version, title in VERSIONS.items():
-        lines = (home / 'eval' / version / 'toy.jsonl').read_text(encoding='utf-8').splitlines()
-        answers[title] = [json.loads(line)['prediction'] for line in lines]
+    texts = {title: [record['prediction'] for record in answers(home, name)] for name, title in VERSIONS.items()}
     for kind in KINDS:
         index = next(i for i, row in enumerate(rows) if row['category'] == kind and row['split'] in ('phrasings', 'safety'))
-        said = [f'- {title}: {" ".join(texts[index].split()) or "(nothing)"}' for title, texts in answers.items()]
-        yield '\n'.join([f'**{rows[index]["messages"][-1]["content"]}**', '', *said])
+        lines = [f'- {title}: {" ".join(said[index].split()) or "(nothing)"}' for title, said in texts.items()]
+        yield '\n'.join([f'**{rows[index]["messages"][-1]["content"]}**', '', *lines])
 
 
 def as_table(rows: Iterable[Mapping[str, Any]]) -> str:

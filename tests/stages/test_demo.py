@@ -34,7 +34,9 @@ def home(tmp_path):
         path = tmp_path / 'eval' / version
         path.mkdir(parents=True)
         (path / 'toy.json').write_text(json.dumps({'measures': dict.fromkeys(MEASURES, number / 8) | {'other': 1.0}}))
-        records = (json.dumps({'prediction': f'{version} on {index}.'}) for index in range(len(questions)))
+        # Of 8 answers in turn, `number` have all measures.
+        marks = (dict.fromkeys(MEASURES, float(index % 8 < number)) for index in range(8 * (len(questions) // 8 + 1)))
+        records = (json.dumps({'prediction': f'{version} on {index}.', **mark}) for index, mark in enumerate(marks))
         (path / 'toy.jsonl').write_text('\n'.join(records) + '\n')
     return tmp_path
 
@@ -47,7 +49,9 @@ def test_summary(home, capsys):
     assert '| SFT | held-out questions answered exactly | 75.0% |' in text
     assert '| safety reward model | accuracy where raters said slightly | 90.0% |' in text
     assert '| PPO | KL from where it began | 2.50 nats an answer |' in text
-    assert '| rejection sampling | 25.0% | 25.0% |' in text
+    assert '| version | helpfulness, n = 944 | harmlessness, n = 944 | violations, n = 944 |' in text
+    row = next(line for line in text.splitlines() if line.startswith('| rejection sampling | '))
+    assert row.startswith('| rejection sampling | 25.0% (22–28) | 25.0% (22–28) | 25.0% (22–28) |')  # Wilson's by hand: 22.3–27.9
     rows = json.loads((home / 'versions.json').read_text())
     assert [row['version'] for row in rows] == ['base', 'SFT', 'rejection sampling', 'PPO'] and rows[3]['helpfulness'] == 3 / 8
     questions = list(toy.RECORDS['heldout']())
