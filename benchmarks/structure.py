@@ -44,7 +44,7 @@ def config_fields() -> int:
     count = 0
     for path in PACKAGE.rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and 'Config' in [getattr(base, 'id', '') for base in node.bases]:
+            if isinstance(node, ast.ClassDef) and any(getattr(base, 'id', '').endswith('Config') for base in node.bases):
                 count += sum(
                     isinstance(line, ast.AnnAssign) and 'ClassVar' not in ast.unparse(line.annotation) for line in node.body
                 )

@@ -6,7 +6,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar('T')
@@ -16,9 +16,35 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: the text is the one sentence they see, without a traceback."""
 
 
-def between(default: Any, low: float, high: float = math.inf) -> Any:
-    """A field of a config that holds a number, or several; `check_field` refuses values outside of `low`..`high`."""
-    return dataclasses.field(default=default, metadata={'range': (low, high)})
+def between(default: Any, low: float, high: float = math.inf, resumable: str = '') -> Any:
+    """A field of a config that holds a number, or several; `check_field` refuses values outside of `low`..`high`.
+
+    Args:
+      default: The value where none is given.
+      low, high: The smallest and largest valid number.
+      resumable: Whether a resumed run may change it: see `resumable_fields`.
+    """
+    return dataclasses.field(default=default, metadata={'range': (low, high), 'resumable': resumable})
+
+
+def resumable(default: Any, where: Literal['anywhere', 'alone'] = 'anywhere') -> Any:
+    """A field of a config that a resumed run may change: see `resumable_fields`."""
+    return dataclasses.field(default=default, metadata={'resumable': where})
+
+
+def resumable_fields(config: Any, prefix: str = '') -> Iterator[str]:
+    """Dotted names of the fields that a resumed run may change.
+
+    'anywhere' marks fields on which no result depends beyond rounding, such as the mesh. 'alone' marks what a stage uses after
+    its first results, such as the fine-tuning after sampling: its own run may change them, a loop of several rounds may not.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        where = field.metadata.get('resumable')
+        if where == 'anywhere' or (where == 'alone' and not prefix):
+            yield name
+        elif dataclasses.is_dataclass(value):
+            yield from resumable_fields(value, name + '.')
 
 
 SEED = between(0, 0, 2**32 - 1)  # the seeds that all generators of random numbers take

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from llama2_jax.config import Config, Names, UserError, between
+from llama2_jax.config import Config, Names, UserError, between, resumable
 from llama2_jax.data import packing
 from llama2_jax.data.cache import TokenStream
 from llama2_jax.data.documents import Documents, build
@@ -42,9 +42,9 @@ class DataConfig(Config):
     """
 
     mixture: Annotated[str, Names('mixture', 'documents')] = 'toy:documents'
-    cache_dir: str = ''
+    cache_dir: str = resumable('')
     heldout: float = between(0.01, 0, 0.999)
-    workers: int = 0
+    workers: int = resumable(0)
     mask_documents: bool = False
 
 
@@ -101,7 +101,7 @@ class PretrainData:
         if batch_size % process_count:
             raise UserError(f'A batch of {batch_size} sequences cannot be divided among {process_count} processes.')
         self._length, self._bos, self._workers = length, tokenizer.bos_id, config.workers
-        self._batch_size, self._rows, self._steps = batch_size, batch_size // process_count, steps
+        self._batch_size, self._rows, self.steps = batch_size, batch_size // process_count, steps
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
         root = config.cache_dir or default_root()

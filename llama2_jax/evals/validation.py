@@ -5,16 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from etils.epath import Path
 
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.pretrain import Batch, PretrainData
 from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.model.llama import Compute
-from llama2_jax.runtime import is_main_process, say
-from llama2_jax.text.printable import printable
+from llama2_jax.runtime import say
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.step import State
 
 LossAndTokens = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]  # (parameters, batch) -> nats, number of targets
@@ -65,14 +62,3 @@ def make_sample(prompts: tuple[str, ...], config: ModelConfig, compute: Compute,
         return '\n\n'.join(f'> {text}'.replace('\n', '\n> ') for text in texts)
 
     return sample
-
-
-def say_heldout(workdir: Path) -> None:
-    """Prints the last held-out figures of a run."""
-    if is_main_process():
-        last = read_metrics(workdir / 'metrics.jsonl')[-1]
-        for name, loss in last.items():
-            if name.startswith('heldout/') and name.endswith('/loss') and loss is not None:
-                bits = last.get(name.replace('/loss', '/bits_per_byte'))
-                more = f'   {bits:6.3f} bits a byte' if bits else ''
-                print(printable(f'{name:<48} {loss:7.4f} nats a token{more}'), flush=True)

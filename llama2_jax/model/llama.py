@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llama2_jax.config import ModelConfig, UserError, nearest
+from llama2_jax.config import ModelConfig, UserError, nearest, resumable
 from llama2_jax.mesh import parameter_spec, reshard
 from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
 from llama2_jax.ops.embedding import embed
@@ -44,8 +44,8 @@ class Compute:
     """
 
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
-    remat: str = 'none'
-    attention: Literal['auto', 'reference', 'splash', 'cudnn'] = 'auto'
+    remat: str = resumable('none')
+    attention: Literal['auto', 'reference', 'splash', 'cudnn'] = resumable('auto')
 
     def __post_init__(self) -> None:
         if self.remat not in ('none', 'full', 'offload'):

@@ -17,7 +17,7 @@ from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax import made_from
-from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between, resumable
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, different, read_prompt
 from llama2_jax.data.sources import read_records
@@ -57,8 +57,8 @@ class CollectConfig(Config):
     samples: int = between(4, 2)
     temperatures: tuple[float, ...] = between((0.7, 1.0), 0, 100)
     max_new_tokens: int = between(512, 1)
-    decode_batch: int = between(64, 1)
-    raters: Literal['people', 'helpfulness', 'safety', 'biased'] = 'people'
+    decode_batch: int = between(64, 1, resumable='anywhere')
+    raters: Literal['people', 'helpfulness', 'safety', 'biased'] = resumable('people', 'alone')
     seed: int = SEED
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ def run(config: CollectConfig, workdir: str) -> None:
     """
     check_inputs(config, 'models', 'prompts')
     common_tokenizer({f'models[{i}]': model for i, model in enumerate(config.models)})
-    path, begun = open_run(workdir, config, ('decode_batch', 'raters'), ('answers.jsonl',))
+    path, begun = open_run(workdir, config, ('answers.jsonl',))
     models = made_from.of_models({f'models[{number}]': model for number, model in enumerate(config.models)})
     record_inputs(path, models | made_from.of_sources('prompts', [config.prompts]), begun)
     rows = sample(config, path / 'answers.jsonl')

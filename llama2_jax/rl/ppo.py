@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from llama2_jax import made_from
 from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.checkpoints.load import load_model, load_score_model, open_model
-from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, Names, RewardModel, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, Names, RewardModel, UserError, between, resumable
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
@@ -57,11 +57,6 @@ from llama2_jax.train.step import Batch, State, init_state, microbatches, minimi
 
 HEADLINE = ('score', 'kl', 'heldout/score', 'heldout/judge')
 SHOWN = 12  # answers in a section of samples.md
-# What a resumed run may change: results depend on none of it beyond rounding.
-MAY_CHANGE = (
-    *('mesh', 'compute.remat', 'compute.attention', 'decode_batch', 'rewards.batch_size'),
-    *('iterations', 'checkpoint_every', 'keep_last', 'alarms', 'patience'),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +101,9 @@ class PPOConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-6, final_lr=1.0, warmup_steps=0)
     value_optimizer: OptimizerConfig = OptimizerConfig(peak_lr=9e-6, final_lr=1.0, warmup_steps=0)
     compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = resumable(MeshConfig())
     lora: LoraConfig = LoraConfig()
-    iterations: int = between(400, 1)
+    iterations: int = between(400, 1, resumable='alone')
     batch_size: int = between(512, 1)
     minibatch_size: int = between(64, 1)
     max_new_tokens: int = between(1024, 1)
@@ -122,14 +117,14 @@ class PPOConfig(Config):
     lam: float = between(0.95, 0, 1)
     clip: float = 0.2
     value_clip: float = 0.2
-    decode_batch: int = between(128, 1)
+    decode_batch: int = between(128, 1, resumable='anywhere')
     eval_every: int = between(10, 1)
     eval_prompts: int = between(256, 1)
-    patience: int = 0
+    patience: int = resumable(0, 'alone')
     judge: Annotated[str, Names('model', 'reward model', ('oracle',))] = ''
-    alarms: Literal['warn', 'stop'] = 'warn'
-    checkpoint_every: int = between(10, 1)
-    keep_last: int = between(2, 1)
+    alarms: Literal['warn', 'stop'] = resumable('warn')
+    checkpoint_every: int = between(10, 1, resumable='anywhere')
+    keep_last: int = between(2, 1, resumable='anywhere')
     seed: int = SEED
 
     def __post_init__(self) -> None:
@@ -329,7 +324,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
     check_shapes(config, source.config, value.config, mesh)
     data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
-    path, begun = open_run(workdir, config, MAY_CHANGE, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
+    path, begun = open_run(workdir, config, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
     made = made_from.of_models(models | {'value_from': config.value_from})
     record_inputs(path, made | made_from.of_mixture('prompts.mixture', config.prompts.mixture), begun)
     compute = config.compute.on(jax.default_backend())

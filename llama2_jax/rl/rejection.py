@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from llama2_jax import made_from
 from llama2_jax.checkpoints.load import open_model
-from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between, resumable
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
 from llama2_jax.evals.talk import answered, usable
@@ -80,9 +80,9 @@ class RejectionConfig(Config):
     temperatures: tuple[float, ...] = between((0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5), 1e-3, 100)
     tune_prompts: int = between(64, 1)
     max_new_tokens: int = between(1024, 1)
-    decode_batch: int = between(128, 1)
+    decode_batch: int = between(128, 1, resumable='anywhere')
     earlier: tuple[Annotated[str, Names('file', 'choices.jsonl')], ...] = ()
-    sft: SftConfig = SftConfig()
+    sft: SftConfig = resumable(SftConfig(), 'alone')
     seed: int = SEED
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ def run(config: RejectionConfig, workdir: str) -> None:
     """
     check(config)
     results = ('samples/*.jsonl', 'temperature.json', 'choices.jsonl')
-    path, begun = open_run(workdir, config, ('decode_batch', 'rewards.batch_size', 'sft'), results)
+    path, begun = open_run(workdir, config, results)
     prompts = made_from.of_mixture('prompts.mixture', config.prompts.mixture)
     earlier = made_from.of_sources('earlier', [f'jsonl:{earlier}/choices.jsonl' for earlier in config.earlier])
     record_inputs(

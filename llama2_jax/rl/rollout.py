@@ -43,7 +43,7 @@ class RewardsConfig(Config):
     safety: RewardModel = ''
     threshold: float = between(0.15, 1e-6, 1 - 1e-6)
     missing_eos_penalty: float = 1.0
-    batch_size: int = between(64, 1)
+    batch_size: int = between(64, 1, resumable='anywhere')
 
     @property
     def models(self) -> dict[str, str]:

@@ -40,11 +40,6 @@ from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.printable import printable
 from llama2_jax.toy.oracle import Oracle
 
-# What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = (
-    *('ppo.mesh', 'ppo.compute', 'ppo.decode_batch', 'ppo.checkpoint_every', 'ppo.alarms'),
-    *('rejection.decode_batch', 'rejection.sft.mesh', 'rejection.sft.loop', 'collect.decode_batch', 'reward.mesh', 'reward.loop'),
-)
 Rates = dict[str, tuple[float, float]]  # a mean and half its 95 % interval
 
 
@@ -102,7 +97,7 @@ def run(config: RlhfConfig, workdir: str) -> None:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
     check(config)
-    path, begun = open_run(workdir, config, MAY_CHANGE, ('v1',))
+    path, begun = open_run(workdir, config, ('v1',))
     models = {'init_from': config.init_from, 'base': config.base} | config.rewards.models
     models |= {f'sample_from[{number}]': model for number, model in enumerate(config.sample_from)}
     record_inputs(path, made_from.of_models(models) | made_from.of_sources('evaluation', [config.evaluation]), begun)

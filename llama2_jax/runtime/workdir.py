@@ -98,20 +98,18 @@ def _check_agreement(config: Mapping[str, Any]) -> None:
             )
 
 
-def open_run(
-    workdir: str | os.PathLike, config: Any, may_change: tuple[str, ...], results: tuple[str, ...] = ('checkpoints/[0-9]*',)
-) -> tuple[Path, bool]:
-    """`open_workdir` for a run of which there are results once a file matches one of the patterns `results`.
+def open_run(workdir: str | os.PathLike, config: Any, results: tuple[str, ...] = ('checkpoints/[0-9]*',)) -> tuple[Path, bool]:
+    """`open_workdir` for a run that has results once a file matches one of the patterns `results`.
 
-    As long as there are none there is nothing to protect, and any setting that was wrong can be set right.
+    A run with results may change only its config's resumable fields. Without results, every field may still be corrected.
 
     Returns:
       The workdir, and whether there were results.
     """
     with bucket_errors(workdir):
         begun = any(_holds(locate(workdir), pattern) for pattern in results)
-    fields = tuple(field.name for field in dataclasses.fields(config))
-    return open_workdir(workdir, config, may_change if begun else fields), begun
+    may_change = config_lib.resumable_fields(config) if begun else (field.name for field in dataclasses.fields(config))
+    return open_workdir(workdir, config, tuple(may_change)), begun
 
 
 def _holds(workdir: Path, pattern: str) -> bool:

@@ -19,7 +19,7 @@ from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax import made_from
-from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between, resumable
 from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
@@ -65,10 +65,10 @@ class DistillConfig(Config):
     samples: int = between(1, 1)
     max_new_tokens: int = between(512, 1)
     temperature: float = between(1.0, 1e-3, 100)
-    decode_batch: int = between(64, 1)
+    decode_batch: int = between(64, 1, resumable='anywhere')
     seed: int = SEED
-    tune: bool = False
-    sft: SftConfig = SftConfig()
+    tune: bool = resumable(False, 'alone')
+    sft: SftConfig = resumable(SftConfig(), 'alone')
 
 
 def run(config: DistillConfig, workdir: str) -> None:
@@ -79,7 +79,7 @@ def run(config: DistillConfig, workdir: str) -> None:
     """
     check_inputs(config, 'model', 'safety', 'prompts')
     common_tokenizer({'model': config.model, 'safety': config.safety})
-    path, begun = open_run(workdir, config, ('decode_batch', 'tune', 'sft'), ('samples.jsonl',))
+    path, begun = open_run(workdir, config, ('samples.jsonl',))
     models = made_from.of_models({'model': config.model, 'safety': config.safety})
     sources = made_from.of_sources('prompts', [config.prompts]) | made_from.of_sources('templates', [config.templates])
     record_inputs(path, models | sources, begun)

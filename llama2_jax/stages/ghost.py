@@ -14,7 +14,7 @@ from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax import made_from
-from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between, resumable
 from llama2_jax.data.constraints import QUESTIONS, parse_list, read_constraints
 from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
@@ -31,8 +31,6 @@ from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.dialog import encode_prompt
-
-MAY_CHANGE = ('batch_size', 'int8', 'cuts', 'tune', 'judged', 'sft')  # of a run that is continued
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +63,19 @@ class GhostConfig(Config):
     grader: str = 'mentions'
     samples: int = between(1, 1)
     count: int = 0
-    cuts: int = between(1, 1)
+    cuts: int = between(1, 1, resumable='alone')
     turns: int = between(20, 2)
     most: int = between(3, 1)
     terse_share: float = between(0.5, 0, 1)
     max_new_tokens: int = between(512, 1)
     temperature: float = between(1.0, 0, 100)
     top_p: float = between(0.9, 0, 1)
-    batch_size: int = between(32, 1)
+    batch_size: int = between(32, 1, resumable='anywhere')
     int8: bool = False
     seed: int = SEED
-    tune: bool = False
-    judged: int = 100
-    sft: SftConfig = SftConfig()
+    tune: bool = resumable(False, 'alone')
+    judged: int = resumable(100, 'alone')
+    sft: SftConfig = resumable(SftConfig(), 'alone')
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +89,7 @@ def run(config: GhostConfig, workdir: str) -> None:
       UserError: any mistake in the config, the model, the dialogs or the constraints.
     """
     check_inputs(config, 'model', 'dialogs')
-    path, begun = open_run(workdir, config, MAY_CHANGE, ('samples.jsonl',))
+    path, begun = open_run(workdir, config, ('samples.jsonl',))
     talks, judged = read_questions(config)
     if config.tune:
         sft.check_warmup(config.sft, len(talks) * config.cuts)

@@ -9,56 +9,40 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama2_jax.checkpoints.directory import save_model
-from llama2_jax.config import SEED, Config, ModelConfig, UserError, between
+from llama2_jax.config import ModelConfig, UserError, between, resumable
 from llama2_jax.data.pretrain import DataConfig, PretrainData
-from llama2_jax.evals.validation import make_evaluate, make_sample, say_heldout
-from llama2_jax.mesh import MeshConfig, make_mesh, reshard, set_mesh
+from llama2_jax.evals.validation import make_evaluate, make_sample
+from llama2_jax.mesh import reshard, set_mesh
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.planning import aot
-from llama2_jax.runtime import barrier, chip_of, compiler_options, say
-from llama2_jax.runtime.hosts import DAY
+from llama2_jax.runtime import compiler_options, say
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.tokenizer import open_tokenizer
-from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.train.loop import LoopConfig, fit
-from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from llama2_jax.stages.training import TrainingConfig, compile_stage, data_share, train_stage
+from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, to_mesh
+from llama2_jax.train.optimizer import make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step
 
-# What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = (
-    *('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts'),
-    *('compute.remat', 'compute.attention', 'data.workers', 'data.cache_dir'),
-)
 
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig(Config):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
     """A pretraining run (paper p5-6; recipe C).
 
     Attributes:
-      tokenizer: a `tokenizer.model` or a directory that holds one; '' trains one on the mixture, with model.vocab_size pieces.
-      tokens: of the whole run; the last step is filled up.
-      batch_size: sequences in the global batch; the paper's 4M tokens are 1024 of 4096.
-      length: tokens in a sequence.
-      accumulation: microbatches the batch is cut into where memory is short.
-      eval_batches: of held-out text, for each source, at each evaluation; 0: all of it.
-      prompts: continued in samples.md; in --set separated by commas.
+      model: Shape of the model.
+      data: Sources of text.
+      tokenizer: A `tokenizer.model` or a directory with one; '' trains one on the mixture, with model.vocab_size pieces.
+      tokens: Tokens of the whole run; the last step is filled up.
+      batch_size: The paper's 4M tokens are 1024 sequences of 4096.
+      prompts: Texts continued in samples.md; in --set separated by commas.
     """
 
     model: ModelConfig
     data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
-    loop: LoopConfig = LoopConfig()
     tokenizer: str = ''
     tokens: int = between(2_000_000_000_000, 1)
     batch_size: int = between(1024, 1)
-    length: int = between(4096, 1)
-    accumulation: int = between(1, 1)
-    seed: int = SEED
-    eval_batches: int = 8
-    prompts: tuple[str, ...] = ('Once upon a time',)
+    prompts: tuple[str, ...] = resumable(('Once upon a time',))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +64,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
     """
     mesh = set_mesh(config.mesh)
     check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
-    path, started = open_run(workdir, config, MAY_CHANGE)
+    path, started = open_run(workdir, config)
     tokenizer = open_tokenizer(config.tokenizer, config.data.mixture, config.model.vocab_size, path / 'tokenizer.model', started)
     data = PretrainData(
         config.data,
@@ -89,9 +73,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
         batch_size=config.batch_size,
         seed=config.seed,
         steps=config.steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        barrier=partial(barrier, seconds=DAY),  # one may have more to tokenise than another
+        **data_share(),
     )
     sources = {f'data.mixture={source}': text for source, text in data.fingerprints.items()}
     record_inputs(path, {'tokenizer': tokenizer.fingerprint} | sources, started)
@@ -99,41 +81,38 @@ def run(config: PretrainConfig, workdir: str) -> State:
     compute = config.compute.on(jax.default_backend())
     abstract, init, step = build(config, compute)
     sample = make_sample(config.prompts, config.model, compute, tokenizer) if config.prompts else None
-    chip = chip_of(jax.devices()[0])
-    state = fit(
+    state = train_stage(
+        config,
         path,
-        config.loop,
-        abstract_state=abstract,
+        mesh,
+        data,
+        abstract=abstract,
         init=init,
         step=step,
-        batches=partial(device_batches, data, mesh),
-        steps=config.steps,
-        describe=data.describe,
+        flops=flops(config),
         evaluate=make_evaluate(data, make_heldout_loss(config, compute, mesh), config.eval_batches),
         sample=sample,
-        flops_per_step=config.model.flops_per_token(config.length) * config.batch_size * config.length,
-        peak_flops=chip and chip.peak_flops,
     )
     save_model(path / 'model', state.params, tokenizer, {'stage': 'pretrain', 'parent': None, 'step': config.steps})
-    say_heldout(path)
     say(f'The model is in {path / "model"}.')
     return state
 
 
 def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
+    """Compiles the step and reports its cost; arguments and errors as of `compile_stage`."""
 
-    Raises:
-      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
-    """
-    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
-    check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
-    tokens = config.batch_size * config.length
-    batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32)
-    with jax.set_mesh(mesh):
-        abstract, _, step = build(config, config.compute.on(mesh.devices.flat[0].platform))
-        flops = config.model.flops_per_token(config.length) * tokens
-        return aot.dry_run(step, abstract, batch, mesh, tokens, flops)
+    def program(mesh: Mesh, compute: Compute) -> tuple:
+        check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
+        batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32)
+        abstract, _, step = build(config, compute)
+        return step, abstract, batch, config.batch_size * config.length, flops(config)
+
+    return compile_stage(config, topology, program)
+
+
+def flops(config: PretrainConfig) -> float:
+    """Model FLOPs of a batch."""
+    return config.model.flops_per_token(config.length) * config.batch_size * config.length
 
 
 def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[], State], Callable]:

@@ -8,46 +8,38 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils.epath import Path
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama2_jax import made_from
 from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.checkpoints.load import load_model, load_score_model, open_model, shape_of, tokenizer_of
-from llama2_jax.config import SEED, AnyModel, Config, ModelConfig, Names, UserError, between
+from llama2_jax.config import AnyModel, ModelConfig, Names, UserError, between, resumable
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import UNKNOWN, PreferenceConfig, PreferenceData
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.evals.measure import wilson
-from llama2_jax.files import write_atomically
 from llama2_jax.inference.scorer import Scorer
 from llama2_jax.inputs import check_inputs
-from llama2_jax.mesh import BATCH_AXES, MeshConfig, make_mesh, reshard, set_mesh
+from llama2_jax.mesh import BATCH_AXES, reshard, set_mesh
 from llama2_jax.model.llama import Compute
 from llama2_jax.model.reward import ScoreModel, scores_at, with_score
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.planning import aot
-from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
-from llama2_jax.runtime.hosts import DAY
+from llama2_jax.runtime import compiler_options, say
 from llama2_jax.runtime.workdir import open_run, record_inputs
+from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
 from llama2_jax.text.dialog import encode_dialog
-from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
-from llama2_jax.train.devices import check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.train.loop import LoopConfig, fit
-from llama2_jax.train.metrics import read_metrics
+from llama2_jax.train.devices import check_mesh, describe_mesh, to_mesh
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
 
-# What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'reference', 'center', 'compute.remat', 'compute.attention')
 REFERENCES = 1000  # answers whose scores are taken for the shift
-DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardConfig(Config):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingConfig):
     """A reward model with the paper's settings (p12).
 
     Attributes:
@@ -56,27 +48,19 @@ class RewardConfig(Config):
       safety_weight: of the auxiliary loss that tells safe answers from unsafe ones; 0 for none.
       center: shifts the scores so that their mean over reference answers is 0. Not where the auxiliary loss gives 0 a meaning.
       reference: a source of dialogs whose last answers are the reference; '' takes chosen answers of the training pairs.
-      batch_size: pairs in the global batch.
-      length: tokens in a row, which holds whole pairs; an answer may have half of it with its prompt, or the model's context.
-      accumulation: microbatches the batch is cut into where memory is short.
-      eval_batches: of held-out pairs, for each source, at each evaluation; 0: all of them.
+      batch_size: Pairs in the global batch.
+      length: Tokens in a row, which holds whole pairs; an answer may have half of it with its prompt, or the model's context.
     """
 
     init_from: AnyModel = ''
     data: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-5, warmup_steps=5, warmup_share=0.03)
-    compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
-    loop: LoopConfig = LoopConfig()
     margin: Literal['none', 'small', 'large'] = 'small'
     safety_weight: float = 0.0
-    center: bool = True
-    reference: Annotated[str, Names('source', 'dialogs')] = ''
+    center: bool = resumable(True, 'alone')
+    reference: Annotated[str, Names('source', 'dialogs')] = resumable('', 'alone')
     batch_size: int = between(512, 1)
     length: int = between(8192, 1)
-    accumulation: int = between(1, 1)
-    seed: int = SEED
-    eval_batches: int = 8
 
 
 def run(config: RewardConfig, workdir: str) -> State:
@@ -90,7 +74,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     source = open_model(config.init_from)
     shards = check(config, source.config, mesh)
     tokenizer = tokenizer_of(source)
-    path, started = open_run(workdir, config, MAY_CHANGE)
+    path, started = open_run(workdir, config)
     record_inputs(path, made_from.of_tuning(config.init_from, config.data.mixture), started)
     data = PreferenceData(
         config.data,
@@ -100,14 +84,12 @@ def run(config: RewardConfig, workdir: str) -> State:
         batch_size=config.batch_size,
         seed=config.seed,
         shards=shards,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        barrier=partial(barrier, seconds=DAY),  # one may have more to tokenise than another
+        **data_share(),
     )
     check_labels(config, data)
     say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
-    if not started and is_main_process():
-        write_atomically(path / 'samples.md', printable(show_example(next(data.train()), tokenizer)))
+    if not started:
+        write_example(path, show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, source.config, compute, data.steps)
 
@@ -115,21 +97,17 @@ def run(config: RewardConfig, workdir: str) -> State:
         optimizer = make_optimizer(config.optimizer, data.steps)
         return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(first_model(config, source.head))
 
-    chip = chip_of(jax.devices()[0])
-    state = fit(
+    state = train_stage(
+        config,
         path,
-        config.loop,
-        abstract_state=abstract,
+        mesh,
+        data,
+        abstract=abstract,
         init=init,
         step=step,
-        batches=partial(device_batches, data, mesh),
-        steps=data.steps,
-        describe=data.describe,
+        flops=flops_per_token(config, source.config) * data.rows * config.length,
         evaluate=make_evaluate(config, data, compute, mesh),
-        flops_per_step=flops_per_token(config, source.config) * data.rows * config.length,
-        peak_flops=chip and chip.peak_flops,
     )
-    say_heldout(path)
     scores = reference_scores(config, data, Scorer(state.params, tokenizer, mesh=mesh, dtype=compute.dtype))
     provenance = {'stage': 'reward_model', 'parent': config.init_from, 'step': data.steps, 'scores': scores}
     save_model(path / 'model', state.params, tokenizer, provenance, chat=True)
@@ -138,26 +116,24 @@ def run(config: RewardConfig, workdir: str) -> State:
 
 
 def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
+    """Compiles the step and reports its cost; arguments and errors as of `compile_stage`.
 
-    As if every pair filled a row: a run packs several of them into one.
-
-    Raises:
-      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
+    As if every pair filled a row, although a run packs several pairs into one.
     """
     model = shape_of(config.init_from or 'tiny')
-    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
-    shards = check(config, model, mesh)
-    rows = -(-config.batch_size // shards) * shards
-    tokens = rows * config.length
-    sharding = NamedSharding(mesh, P(BATCH_AXES))
-    shapes = {'tokens': (rows, config.length), 'segment_ids': (rows, config.length), 'last': (rows, 1, 2)}
-    shapes |= {'rating': (rows, 1), 'safe': (rows, 1, 2)}
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
-    batch['weights'] = jax.ShapeDtypeStruct((rows, 1), jnp.float32, sharding=sharding)
-    with jax.set_mesh(mesh):
-        state, step = build(config, model, config.compute.on(mesh.devices.flat[0].platform), DRY_STEPS)
-        return aot.dry_run(step, state, batch, mesh, tokens, flops_per_token(config, model) * tokens)
+
+    def program(mesh: Mesh, compute: Compute) -> tuple:
+        shards = check(config, model, mesh)
+        rows = -(-config.batch_size // shards) * shards
+        sharding = NamedSharding(mesh, P(BATCH_AXES))
+        shapes = {'tokens': (rows, config.length), 'segment_ids': (rows, config.length), 'last': (rows, 1, 2)}
+        shapes |= {'rating': (rows, 1), 'safe': (rows, 1, 2)}
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
+        batch['weights'] = jax.ShapeDtypeStruct((rows, 1), jnp.float32, sharding=sharding)
+        state, step = build(config, model, compute, DRY_STEPS)
+        return step, state, batch, rows * config.length, flops_per_token(config, model) * rows * config.length
+
+    return compile_stage(config, topology, program)
 
 
 def check(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> int:
@@ -310,10 +286,3 @@ def show_example(batch: Batch, tokenizer: Tokenizer) -> str:
         texts.append(tokenizer.decode(ids.tolist()))
     quoted = ('> ' + text.replace('\n', '\n> ') for text in texts)
     return 'The first pair of the run: the answer to prefer, and the other.\n\n' + '\n\nbefore\n\n'.join(quoted) + '\n\n'
-
-
-def say_heldout(workdir: Path) -> None:
-    """Prints the last held-out figures."""
-    for name, value in read_metrics(workdir / 'metrics.jsonl')[-1].items():
-        if name.startswith('heldout/') and value is not None:
-            say(f'{name:<48} {value:7.4f}' if name.endswith('loss') else f'{name:<48} {value:7.1%}')

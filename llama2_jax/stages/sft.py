@@ -17,69 +17,50 @@ from llama2_jax.checkpoints.base_model import load_frozen, merge_on_host
 from llama2_jax.checkpoints.directory import is_saved, save_model
 from llama2_jax.checkpoints.formats.peft import write_peft
 from llama2_jax.checkpoints.load import load_model, open_model, shape_of, tokenizer_of
-from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, UserError, between
+from llama2_jax.config import LanguageModel, ModelConfig, UserError, resumable
 from llama2_jax.data.dialogs import DialogConfig, DialogData
-from llama2_jax.evals.validation import make_evaluate, say_heldout
-from llama2_jax.files import write_atomically
+from llama2_jax.evals.validation import make_evaluate
 from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.inference.open import note_llama2
 from llama2_jax.inputs import check_inputs
-from llama2_jax.mesh import MeshConfig, make_mesh, set_mesh
+from llama2_jax.mesh import set_mesh
 from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, in_eight_bits, make_adapters, merge, with_adapters
 from llama2_jax.planning import aot
-from llama2_jax.runtime import barrier, chip_of, compiler_options, is_main_process, say
-from llama2_jax.runtime.hosts import DAY
+from llama2_jax.runtime import compiler_options, say
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.pretrain import split, token_loss
+from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
 from llama2_jax.text.dialog import encode_prompt
-from llama2_jax.text.printable import printable
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.toy import answers
-from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, device_batches, to_mesh
-from llama2_jax.train.loop import LoopConfig, fit
-from llama2_jax.train.metrics import read_metrics
+from llama2_jax.train.devices import abstract_batch, check_mesh, describe_mesh, to_mesh
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from llama2_jax.train.step import Batch, State, init_state, make_step, microbatches
 
-# What a resumed run may change, as no result depends on it beyond rounding.
-MAY_CHANGE = ('mesh', 'loop', 'accumulation', 'eval_batches', 'prompts', 'merge', 'compute.remat', 'compute.attention')
-DRY_STEPS = 1000  # of the schedule of a dry run, which has no data
 
-
-@dataclasses.dataclass(frozen=True)
-class SftConfig(Config):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
     """A fine-tuning run with the paper's settings (p9); warm-up, betas, clipping and the cosine's end are recipe K's.
 
     Attributes:
-      init_from: the model to begin with, of any format; for a dry run a size will do, such as '7b'.
-      lora: adapters to train in place of the model, which stays as it is, in the compute dtype.
-      merge: writes the model with the adapters in it, too.
-      batch_size: rows in the global batch, each of whole dialogs.
-      length: tokens in a row.
+      init_from: Initial model, of any format; a dry run takes a size such as '7b', too.
+      data: Sources of dialogs.
+      lora: Adapters to train in place of the model, which is frozen in the compute dtype.
+      merge: Writes the model with the merged adapters, too.
       context: of the model from now on, where its own is too short for the dialogs (as LLaMA 1's was for Ghost Attention, paper
         p17): the rotations of its positions go on, and what they mean is learned; 0: its own.
-      accumulation: microbatches the batch is cut into where memory is short.
-      eval_batches: of held-out dialogs, for each source, at each evaluation; 0: all of them.
-      prompts: questions answered in samples.md; in --set separated by commas.
-      grade: answers the toy world's held-out questions at each evaluation.
+      prompts: Questions answered in samples.md; in --set separated by commas.
+      grade: Answers the toy world's held-out questions at each evaluation.
     """
 
     init_from: LanguageModel = ''
     data: DialogConfig = DialogConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=2e-5, warmup_steps=0, warmup_share=0.03)
-    compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
-    loop: LoopConfig = LoopConfig()
     lora: LoraConfig = LoraConfig()
-    merge: bool = False
-    batch_size: int = between(64, 1)
-    length: int = between(4096, 1)
+    merge: bool = resumable(False, 'alone')
     context: int = 0
-    accumulation: int = between(1, 1)
-    seed: int = SEED
-    eval_batches: int = 8
-    prompts: tuple[str, ...] = ('What can you help me with?',)
+    prompts: tuple[str, ...] = resumable(('What can you help me with?',))
     grade: bool = False
 
     def __post_init__(self) -> None:
@@ -101,7 +82,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     check(config, model, mesh)
     tokenizer = tokenizer_of(source)
     note_llama2(config.init_from, source.prompts)
-    path, started = open_run(workdir, config, MAY_CHANGE)
+    path, started = open_run(workdir, config)
     record_inputs(path, made_from.of_tuning(config.init_from, config.data.mixture), started)
     data = DialogData(
         config.data,
@@ -109,13 +90,11 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
         length=config.length,
         batch_size=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        barrier=partial(barrier, seconds=DAY),  # one process may have more to tokenise than another
+        **data_share(),
     )
     say(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
-    if not started and is_main_process():
-        write_atomically(path / 'samples.md', printable(show_example(next(data.train()), tokenizer)))
+    if not started:
+        write_example(path, show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, model, compute, data.steps)
     frozen = load_frozen(config.init_from, config.lora, compute.dtype, model.context, mesh) if config.lora.rank else None
@@ -138,23 +117,18 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
         return merge(frozen, params, config.lora)
 
     answers = make_answers(config.prompts, compute, tokenizer) if config.prompts else None
-    chip = chip_of(jax.devices()[0])
-    state = fit(
+    state = train_stage(
+        config,
         path,
-        config.loop,
-        abstract_state=abstract,
+        mesh,
+        data,
+        abstract=abstract,
         init=init,
         step=lambda state, batch: step(state, (frozen, batch)),
-        batches=partial(device_batches, data, mesh),
-        steps=data.steps,
-        describe=data.describe,
+        flops=flops(config, model),
         evaluate=make_figures(config, data, compute, mesh, tokenizer, frozen, merged),
         sample=(lambda state: answers(merged(state.params))) if answers else None,
-        flops_per_step=flops_per_token(config, model) * config.batch_size * config.length,
-        peak_flops=chip and chip.peak_flops,
     )
-    say_heldout(path)
-    say_grades(path)
     if frozen is not None:
         write_peft(path / 'adapters', state.params, config.lora, config.init_from)
         say(f'The adapters are in {path / "adapters"}.')
@@ -192,29 +166,25 @@ def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
     if not is_saved(path / 'model'):
         run(config, str(path / 'sft'), path / 'model')
         return
-    workdir, started = open_run(path / 'sft', config, MAY_CHANGE)
+    workdir, started = open_run(path / 'sft', config)
     record_inputs(workdir, made_from.of_tuning(config.init_from, mixture), started)
     say(f'The model is in {path / "model"}.')
 
 
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
-    """Compiles the step for the local devices, or for a TPU topology that need not be attached, and reports what it takes.
-
-    Raises:
-      UserError: the mesh does not divide the config, there is no such slice, or the step does not fit its chips.
-    """
+    """Compiles the step and reports its cost; arguments and errors as of `compile_stage`."""
     model = extended(shape_of(config.init_from or 'tiny'), config)
-    mesh = make_mesh(config.mesh, aot.topology_devices(topology) if topology else None)
-    check(config, model, mesh)
-    tokens = config.batch_size * config.length
-    batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32, trained=bool)
-    with jax.set_mesh(mesh):
-        compute = config.compute.on(mesh.devices.flat[0].platform)
+
+    def program(mesh: Mesh, compute: Compute) -> tuple:
+        check(config, model, mesh)
+        batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32, trained=bool)
         state, step = build(config, model, compute, DRY_STEPS)
         frozen = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(compute.dtype), Llama(model, jax.random.key(0))))
         frozen = jax.eval_shape(in_eight_bits, frozen) if config.lora.int8 else frozen
         batch = (frozen if config.lora.rank else None, batch)
-        return aot.dry_run(step, state, batch, mesh, tokens, flops_per_token(config, model) * tokens)
+        return step, state, batch, config.batch_size * config.length, flops(config, model)
+
+    return compile_stage(config, topology, program)
 
 
 def extended(model: ModelConfig, config: SftConfig) -> ModelConfig:
@@ -239,9 +209,9 @@ def check(config: SftConfig, model: ModelConfig, mesh: Mesh) -> None:
     check_mesh(mesh, model, config.batch_size, config.accumulation, config.length)
 
 
-def flops_per_token(config: SftConfig, model: ModelConfig) -> float:
-    """Model FLOPs of training on one token; where the model is frozen, a third less: its matrices need no gradients."""
-    return model.flops_per_token(config.length) * (2 / 3 if config.lora.rank else 1)
+def flops(config: SftConfig, model: ModelConfig) -> float:
+    """Model FLOPs of a batch; a third less where the model is frozen, whose matrices need no gradients."""
+    return model.flops_per_token(config.length) * (2 / 3 if config.lora.rank else 1) * config.batch_size * config.length
 
 
 def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
@@ -332,11 +302,3 @@ def spell(ids: list[int], tokenizer: Tokenizer) -> str:
     pieces = (tokenizer.piece(token).replace('▁', ' ') for token in ids)
     spelt = (bytes.fromhex(byte[1]) if (byte := re.fullmatch(r'<0x(..)>', piece)) else piece.encode() for piece in pieces)
     return b''.join(spelt).decode(errors='replace')
-
-
-def say_grades(workdir: Path) -> None:
-    """Prints the last grades in the toy world, where there are any."""
-    last = read_metrics(workdir / 'metrics.jsonl')[-1]
-    for name, share in last.items():
-        if name.startswith('toy/'):
-            say(f'{name:<48} {share:7.1%}')

@@ -11,9 +11,8 @@ from llama2_jax.checkpoints.directory import check_vocabulary
 from llama2_jax.config import Config, Names, UserError, between
 from llama2_jax.data import sources
 from llama2_jax.data.mixing import Component, parse_mixture
-from llama2_jax.files import locate
 from llama2_jax.runtime import hosts
-from llama2_jax.runtime.workdir import open_workdir, record_inputs
+from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.text.tokenizer import FILE_NAME, NoText, Tokenizer, train_tokenizer
 
 SAMPLE_BYTES = 2_000_000  # of each source, to measure compression
@@ -35,11 +34,9 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
       UserError: a source that cannot be read or has a weight, a vocabulary too large for the text, another config's workdir.
     """
     names = source_names(config)
-    # As long as nothing is trained there is nothing to protect, and a vocabulary that was too large can be set right.
-    trained = (locate(workdir) / FILE_NAME).exists()
-    fields = () if trained else tuple(field.name for field in dataclasses.fields(config))
-    path = open_workdir(workdir, config, may_change=fields) / FILE_NAME
-    record_inputs(path.parent, {f'source={name}': sources.fingerprint(name) for name in names}, trained)
+    home, trained = open_run(workdir, config, (FILE_NAME,))
+    path = home / FILE_NAME
+    record_inputs(home, {f'source={name}': sources.fingerprint(name) for name in names}, trained)
     if trained:
         runtime.say(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():

@@ -88,12 +88,12 @@ def test_some_fields_may_change(tmp_path):
 
 def test_until_there_are_results_all_may_change(tmp_path):
     workdir = tmp_path / 'run {1} %'  # which is no pattern
-    assert open_run(workdir, Config(), ())[1] is False
-    assert open_run(workdir, Config(steps=20), ())[1] is False
+    assert open_run(workdir, Config())[1] is False
+    assert open_run(workdir, Config(steps=20))[1] is False
     (workdir / 'checkpoints' / '4').mkdir(parents=True)
     with pytest.raises(UserError, match='belongs to a run with steps=20, and this one has steps=10'):
-        open_run(workdir, Config(), ())
-    assert open_run(workdir, Config(steps=20), ())[1] is True
+        open_run(workdir, Config())
+    assert open_run(workdir, Config(steps=20))[1] is True
 
 
 def test_damaged_config_and_unwritable_directory(tmp_path):

@@ -77,4 +77,4 @@ def test_a_bucket_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(epath.gpath._GPath, 'is_dir', is_dir)
     with pytest.raises(UserError, match=r'^gs://bucket/run cannot be reached: Please install gcsfs'):
-        open_run('gs://bucket/run', ModelConfig(), ())
+        open_run('gs://bucket/run', ModelConfig())
