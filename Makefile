@@ -48,9 +48,10 @@ lock: $(VENV)/locked.txt  ## the newest versions that pyproject.toml admits beco
 demo: $(VENV)/torch  ## the whole recipe on the toy world, from raw text to an aligned chat model in PyTorch
 	PATH="$(BIN):$$PATH" experiments/demo.sh $(SCALE)
 
-test: $(VENV)/tests  ## ruff, and all tests but the slow ones
+test: $(VENV)/tests  ## ruff, ty, and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --quiet --python $(VENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20 -m 'not slow'
 
 slow: $(VENV)/tests  ## the slow tests: real sizes compiled for TPU pods, wide layers converted, processes killed, notebooks, the README's commands

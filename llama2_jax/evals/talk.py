@@ -58,9 +58,17 @@ def hold(
 class Answer(Protocol):
     """What a model drew: a `Sample`, or a rollout made of one."""
 
-    text: str
-    token_ids: list[int]
-    stop_reason: str
+    @property
+    def text(self) -> str:
+        """The answer."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its ids as drawn."""
+
+    @property
+    def stop_reason(self) -> str:
+        """'eos', if it is whole."""
 
 
 def usable(answer: Answer) -> str:

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llama2_jax.config import ModelConfig, UserError, nearest, resumable
 from llama2_jax.mesh import parameter_spec, reshard
-from llama2_jax.ops.attention import ATTENTION_OUTPUT, attention, implementation_for
+from llama2_jax.ops.attention import ATTENTION_OUTPUT, Implementation, attention, implementation_for
 from llama2_jax.ops.embedding import embed
 from llama2_jax.ops.linear import linear
 from llama2_jax.ops.loss import cross_entropy, log_probs
@@ -60,6 +60,13 @@ class Compute:
         dtype = ('float32' if platform == 'cpu' else 'bfloat16') if self.dtype == 'auto' else self.dtype
         kernel = implementation_for(platform) if self.attention == 'auto' else self.attention
         return Compute(dtype, self.remat, kernel)
+
+    @property
+    def kernel(self) -> Implementation:
+        """The attention kernel; only `on` resolves 'auto'."""
+        if self.attention == 'auto':
+            raise ValueError('Compute.on(platform) must choose the attention kernel first.')
+        return self.attention
 
 
 CPU = Compute().on('cpu')
@@ -156,7 +163,7 @@ class Trunk(nnx.Module):
         rope = rope_table(positions(tokens_BL, segments_BL), self.config.head_dim, self.config.rope_theta)
 
         def attend(*qkv):  # causal, over the sequence itself
-            return attention(*qkv, segments_BL, implementation=compute.attention)
+            return attention(*qkv, segments_BL, implementation=compute.kernel)
 
         def layer(x_BLD, block):
             return block(x_BLD, rope, attend), None

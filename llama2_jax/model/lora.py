@@ -5,6 +5,7 @@ Beside the letters of `model/llama.py`: A adapter rank. `w_q_DHK` becomes w_q_DH
 
 import dataclasses
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,9 @@ def adapt(model: Llama, adapters: Adapters, lora: LoraConfig) -> Llama:
 
 def with_adapters(base_model: Llama | None, params: Llama | Adapters, lora: LoraConfig) -> Llama:
     """The model that is trained: the parameters themselves, or the base model with them as its adapters."""
-    return params if base_model is None else adapt(base_model, params, lora)
+    if base_model is None or isinstance(params, Llama):
+        return cast(Llama, params)
+    return adapt(base_model, params, lora)
 
 
 @jax.jit

@@ -32,7 +32,7 @@ def new_head(config: ModelConfig, key: jax.Array) -> jax.Array:
     hidden state has been normalised, so scores begin with a spread of about 1.
     """
     _, head, _ = jax.random.split(key, 3)
-    return (config.dim + 1) ** -0.5 * jax.random.normal(head, config.dim, jnp.float32)
+    return (config.dim + 1) ** -0.5 * jax.random.normal(head, (config.dim,), jnp.float32)
 
 
 def with_score(model: Trunk, key: jax.Array) -> ScoreModel:

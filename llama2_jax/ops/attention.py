@@ -27,7 +27,8 @@ CACHED_QUERIES = 256  # that look at a cache at a time, at least: more scores th
 
 def implementation_for(platform: str) -> Implementation:
     """The kernel for a platform: 'cpu', 'gpu' (or 'cuda') or 'tpu'."""
-    return {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}.get(platform, 'reference')
+    kernels: dict[str, Implementation] = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
+    return kernels.get(platform, 'reference')
 
 
 def attention(
@@ -123,10 +124,12 @@ def _cached(q_BLHK, k_RGLK, v_RGLK, visible_LL, cached_k_RGMK, cached_v_RGMK, le
         # One softmax over both. A query sees itself at least, so the maximum is that of something visible.
         top = jnp.maximum(*(jnp.max(some, axis=-1, keepdims=True, initial=-jnp.inf) for some in scores))
         exps = [jnp.exp(some - top) for some in scores]
-        total = sum(some.sum(axis=-1, keepdims=True) for some in exps)
-        out = sum(
-            jnp.einsum('RGPLM,RGMK->RGPLK', some.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            for some, v in zip(exps, (cached_v_RGMK, v_RGLK[:, :, seen]), strict=True)
+        total = exps[0].sum(axis=-1, keepdims=True) + exps[1].sum(axis=-1, keepdims=True)
+        out = jnp.add(
+            *(
+                jnp.einsum('RGPLM,RGMK->RGPLK', some.astype(v.dtype), v, preferred_element_type=jnp.float32)
+                for some, v in zip(exps, (cached_v_RGMK, v_RGLK[:, :, seen]), strict=True)
+            )
         )
         outs.append((out / total).astype(v_RGLK.dtype))
     out_RLHK = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(R, L, H, K)
@@ -142,7 +145,9 @@ def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM:
     """What each query of this shard may see: bool [1 or B, L, M]."""
     first = jax.lax.axis_index('sequence') * length if shards > 1 else 0
     visible = (first + jnp.arange(length)[:, None] >= jnp.arange(keys)[None, :])[None]
-    return visible if segments_BL is None else visible & (segments_BL[:, :, None] == segments_BM[:, None, :])
+    if segments_BL is None or segments_BM is None:
+        return visible
+    return visible & (segments_BL[:, :, None] == segments_BM[:, None, :])
 
 
 def _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):

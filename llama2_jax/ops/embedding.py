@@ -16,9 +16,9 @@ def embed(table_VD: jax.Array, tokens_BL: jax.Array, dtype: str) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _embed(table_VD, tokens_BL, dtype, vocabulary):
     local = partial(_lookup, dtype=dtype)
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(table_VD, tokens_BL, vocabulary_axes=None, axes=None)
     table_spec = parameter_spec('table_VD')
+    if table_spec is None:
+        return local(table_VD, tokens_BL, vocabulary_axes=None, axes=None)
     local = partial(local, vocabulary_axes=table_spec[0], axes=table_spec[1])
     return jax.shard_map(local, in_specs=(table_spec, spec('BL')), out_specs=spec('BLD'), check_vma=False)(table_VD, tokens_BL)
 
@@ -28,9 +28,9 @@ def _forward(table_VD, tokens_BL, dtype, vocabulary):
 
 
 def _backward(dtype, vocabulary, tokens_BL, dx_BLD):
-    if jax.sharding.get_abstract_mesh().empty:
-        return _scatter(tokens_BL, dx_BLD, rows=vocabulary, vocabulary_axes=None, axes=None), None
     table_spec = parameter_spec('table_VD')
+    if table_spec is None:
+        return _scatter(tokens_BL, dx_BLD, rows=vocabulary, vocabulary_axes=None, axes=None), None
     rows = vocabulary // jax.sharding.get_abstract_mesh().shape['tensor']
     local = partial(_scatter, rows=rows, vocabulary_axes=table_spec[0], axes=table_spec[1])
     sharded = jax.shard_map(local, in_specs=(spec('BL'), spec('BLD')), out_specs=table_spec, check_vma=False)

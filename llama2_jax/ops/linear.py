@@ -85,9 +85,11 @@ def _linear_int8(expression, x, weight):
     # A scale belongs to an output, so it can wait for the product, and the weights are read as the bytes they are.
     values = reshard(weight.values, letters[:2]).astype(x.dtype)
     scales = reshard(weight.scales, out[2])
-    y = jnp.einsum(flat, x, values, out_sharding=P(*spec(out)[:3]), preferred_element_type=jnp.float32)
+    out_spec = spec(out)
+    flat_spec = None if out_spec is None else P(*out_spec[:3])
+    y = jnp.einsum(flat, x, values, out_sharding=flat_spec, preferred_element_type=jnp.float32)
     y = (y * scales[None, None]).astype(x.dtype)
-    return y if out == 'BLD' else y.reshape((*y.shape[:2], *weight.shape), out_sharding=spec(out))
+    return y if out == 'BLD' else y.reshape((*y.shape[:2], *weight.shape), out_sharding=out_spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,7 +103,8 @@ def _linear(expression: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _letters(expression: str) -> tuple[str, str, str]:
     operands, out = expression.split('->')
-    return *operands.split(','), out
+    before, weight = operands.split(',')
+    return before, weight, out
 
 
 def _forward(expression, x, weight):
@@ -114,10 +117,11 @@ def _backward(expression, residuals, dy):
     before, letters, out = _letters(expression)
     gathered = gather(weight.astype(x.dtype), letters)
     dx = jnp.einsum(f'{out},{letters}->{before}', dy, gathered, out_sharding=spec(before))
-    if spec(out) is None:
+    weight_spec = spec(letters, GATHERED)
+    if weight_spec is None:
         return dx, jnp.einsum(f'{before},{out}->{letters}', x, dy).astype(weight.dtype)
     # One partial sum a device, added up and scattered in one reduction.
-    partial_sums = P(*spec(letters, GATHERED), unreduced=set(DATA_AXES))
+    partial_sums = P(*weight_spec, unreduced=set(DATA_AXES))
     dweight = jnp.einsum(f'{before},{out}->{letters}', x, dy, out_sharding=partial_sums)
     return dx, jax.sharding.reshard(dweight, spec(letters, PARAMETERS)).astype(weight.dtype)
 

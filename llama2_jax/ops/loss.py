@@ -74,9 +74,9 @@ log_probs.defvjp(_tokens_forward, _tokens_backward)
 
 def _sharded(wanted, x_BLD, head_DV, targets_BL, weights_BL, temperature=1.0, block=None):
     local = partial(_local, wanted=wanted, temperature=temperature, block=block)
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(x_BLD, head_DV, targets_BL, weights_BL, axes=None)
     head_spec = parameter_spec('head_DV')
+    if head_spec is None:
+        return local(x_BLD, head_DV, targets_BL, weights_BL, axes=None)
     out_specs = {'loss': P(), 'gradients': (P(), spec('BLD'), head_spec), 'tokens': (spec('BL'),) * 2}[wanted]
     sharded = jax.shard_map(
         partial(local, axes=head_spec[0]),

@@ -108,10 +108,18 @@ def sample(config: CollectConfig, path: Path) -> list[dict[str, Any]]:
 def sample_block(config: CollectConfig, engines: dict[str, Engine], prompts: Sequence[Prompt], seed: str) -> list[dict[str, Any]]:
     """Rows {'messages', 'is_safety', 'answers': [{'text', 'model', 'temperature'}]} of some prompts."""
     turns = itertools.islice(itertools.cycle(itertools.product(config.temperatures, config.models)), config.samples)
-    rows = [{'messages': prompt.messages, 'is_safety': prompt.is_safety, 'answers': []} for prompt in prompts]
+    rows: list[dict[str, Any]] = [
+        {'messages': prompt.messages, 'is_safety': prompt.is_safety, 'answers': []} for prompt in prompts
+    ]
     for number, (temperature, model) in enumerate(turns):
-        settings = {'max_new_tokens': config.max_new_tokens, 'temperature': temperature, 'seed': f'{seed} {number}'}
-        for row, (_, [drawn]) in zip(rows, sample_answers(engines[model], prompts, **settings), strict=True):
+        samples = sample_answers(
+            engines[model],
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=temperature,
+            seed=f'{seed} {number}',
+        )
+        for row, (_, [drawn]) in zip(rows, samples, strict=True):
             text = usable(drawn)
             if text and all(text != answer['text'] for answer in row['answers']):
                 row['answers'].append({'text': text, 'model': model, 'temperature': temperature})

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
+from llama2_jax.config import UserError
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.files import save_figure
 from llama2_jax.inference.open import open_scorer
 from llama2_jax.ops import returns
 from llama2_jax.rl.rollout import Rollout, by_oracle
+from llama2_jax.runtime import is_main_process, say
 from llama2_jax.toy.oracle import Oracle
 
 Judge = Callable[[Sequence[Rollout]], list[float]]
@@ -87,10 +89,28 @@ def adaptive_beta(beta: float, kl: float, target: float, answers: int, horizon: 
     return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * answers / horizon)
 
 
+def mean_of_steps(steps: Sequence[Mapping[str, Any]], number: int, path: Path) -> dict[str, float]:
+    """The mean of each figure over the steps of an iteration, and two figures of its first step.
+
+    Raises:
+      UserError: The loss or gradient of a step is not finite.
+    """
+    for step in steps:
+        if not all(finite for name, finite in step.items() if name.endswith('finite')):
+            losses = ', '.join(f'{name} {loss}' for name, loss in step.items() if name.endswith('loss'))
+            raise UserError(
+                f'Iteration {number}: the loss or gradient of a step is not finite ({losses}). '
+                f'The last checkpoint and the answers in {path / "rollouts"} are sound.'
+            )
+    means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if not name.endswith('finite')}
+    first = {'first_ratio_error': float(steps[0]['policy/ratio_error']), 'first_clipped': float(steps[0]['policy/clipped'])}
+    return means | first
+
+
 def out_of_patience(lines: Lines, patience: int) -> bool:
     """Whether the last `patience` evaluations were not better than the best before them; never, if it is 0."""
     best = best_evaluation(lines)
-    since = [line for line in lines if 'heldout/score' in line and line['step'] > best['step']]
+    since = [line for line in lines if best and 'heldout/score' in line and line['step'] > best['step']]
     return 0 < patience <= len(since)
 
 
@@ -163,6 +183,29 @@ def peak_memory() -> float:
     return stats['peak_bytes_in_use'] / 1e9 if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def raise_alarms(lines: Lines, dtype: str, reaction: str, log: Callable[[str], None]) -> None:
+    """Logs every alarm about the last iteration.
+
+    Raises:
+      UserError: There is one, and the reaction is 'stop'.
+    """
+    number = lines[-1]['step']
+    for fault in alarms(lines, dtype):
+        if reaction == 'stop':
+            raise UserError(f'Iteration {number}: {fault}. --set alarms=warn continues anyway.')
+        log(f'ALARM Iteration {number}: {fault}.')
+
+
+def show_result(lines: Lines, path: Path) -> None:
+    """Prints which iteration's policy became the model, and draws the run."""
+    best = best_evaluation(lines)
+    if best:
+        score = f'held-out score {best["heldout/score"]:.4f}'
+        say(f'The model of iteration {best["step"]}, {score}, is in {path / "model"}.')
+    if is_main_process():
+        plot(lines, path / 'reward_kl.png')
+
+
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws score and judge against the KL from the reference."""
     from matplotlib.figure import Figure
@@ -171,7 +214,7 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.add_subplot(xlabel='KL from the reference (nats an answer)', ylabel='score')
     trained = [line for line in lines if 'kl' in line]
     axes.plot([line['kl'] for line in trained], [line['score'] for line in trained], '.', markersize=3, label='score of a batch')
-    seen = [{'kl': 0.0} | line for line in lines if 'heldout/score' in line]  # no KL before the first iteration
+    seen = [{'kl': 0.0, **line} for line in lines if 'heldout/score' in line]  # no KL before the first iteration
     axes.plot([line['kl'] for line in seen], [line['heldout/score'] for line in seen], 'o-', label='held-out score')
     handles = axes.get_legend_handles_labels()[0]
     if any('heldout/judge' in line for line in seen):

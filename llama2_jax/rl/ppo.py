@@ -32,20 +32,9 @@ from llama2_jax.model.llama import Compute, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, with_adapters
 from llama2_jax.model.reward import ScoreModel, zero_head
 from llama2_jax.ops import returns
-from llama2_jax.rl import monitors
-from llama2_jax.rl.rollout import (
-    Rewards,
-    RewardsConfig,
-    Rollout,
-    figures,
-    open_rewards,
-    pad_rollouts,
-    read_rollouts,
-    sample_answers,
-    show,
-    write_rollouts,
-)
-from llama2_jax.runtime import barrier, compiler_options, is_main_process, say
+from llama2_jax.rl import monitors, rollout
+from llama2_jax.rl.rollout import Rewards, RewardsConfig, Rollout
+from llama2_jax.runtime import barrier, compiler_options, say
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.runtime.workdir import no_space_is_said, open_run, record_inputs
 from llama2_jax.train.checkpoint import Checkpoints
@@ -57,6 +46,9 @@ from llama2_jax.train.step import Batch, State, init_state, microbatches, minimi
 
 HEADLINE = ('score', 'kl', 'heldout/score', 'heldout/judge')
 SHOWN = 12  # answers in a section of samples.md
+GAMMA, LAMBDA = 1.0, 0.95  # of the advantages; not in the paper (recipe K)
+KL_HORIZON = 10_000  # answers over which beta adapts (Ziegler et al., 2019)
+KEPT = 2  # checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +57,7 @@ class PPOConfig(Config):
 
     Attributes:
       init_from: Initial policy, which is also the reference. For a dry run a size such as '7b' is enough.
-      value_from: Reward model whose trunk initialises the value model, under a zero head; '': `rewards.helpfulness`. Not in the
-        paper.
+      value_from: Reward model that initialises the value model, under a zero head; '': `rewards.helpfulness`. Not in the paper.
       rewards: Reward models, and how their scores become one.
       prompts: Prompts to answer.
       optimizer: Policy optimizer: constant 1e-6.
@@ -80,9 +71,7 @@ class PPOConfig(Config):
       advantages: 'gae': from a value model (PPO). 'rloo', 'grpo': an answer relative to the others of its prompt, no value model.
       beta: Cost of a nat of KL: 0.01 for 7B and 13B, 0.005 for 34B and 70B.
       kl_target: Nats of KL per answer towards which beta is adapted (Ziegler et al., 2019); 0: beta is fixed. Not in the paper.
-      kl_horizon: Answers over which beta adapts.
-      gamma, lam: Discount and lambda of the advantages. Not in the paper.
-      clip, value_clip: Clipping ranges: 0.2, and the value's is not in the paper.
+      clip: Clipping range of the policy's ratio, 0.2, and of the value, where it is not in the paper.
       decode_batch: Answers sampled at a time.
       eval_every: Iterations between evaluations on held-out prompts; the best policy becomes the model.
       eval_prompts: Number of held-out prompts.
@@ -90,7 +79,6 @@ class PPOConfig(Config):
       judge: Judges held-out answers for the reward-hacking alarm: 'oracle' (the toy world's), a reward model, or ''.
       alarms: Reaction to signs of collapse or reward hacking.
       checkpoint_every: Iterations between checkpoints; answers sampled since are kept besides.
-      keep_last: Number of checkpoints to keep.
       seed: Random seed.
     """
 
@@ -112,11 +100,7 @@ class PPOConfig(Config):
     advantages: Literal['gae', 'rloo', 'grpo'] = 'gae'
     beta: float = 0.01
     kl_target: float = 0.0
-    kl_horizon: int = between(10_000, 1)
-    gamma: float = between(1.0, 0, 1)
-    lam: float = between(0.95, 0, 1)
     clip: float = 0.2
-    value_clip: float = 0.2
     decode_batch: int = between(128, 1, resumable='anywhere')
     eval_every: int = between(10, 1)
     eval_prompts: int = between(256, 1)
@@ -124,15 +108,13 @@ class PPOConfig(Config):
     judge: Annotated[str, Names('model', 'reward model', ('oracle',))] = ''
     alarms: Literal['warn', 'stop'] = resumable('warn')
     checkpoint_every: int = between(10, 1, resumable='anywhere')
-    keep_last: int = between(2, 1, resumable='anywhere')
     seed: int = SEED
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size % self.minibatch_size:
-            raise UserError(f'batch_size={self.batch_size} is not a multiple of minibatch_size={self.minibatch_size}.')
-        if self.batch_size % self.samples:
-            raise UserError(f'batch_size={self.batch_size} is not a multiple of samples={self.samples}.')
+        for name in ('minibatch_size', 'samples'):
+            if self.batch_size % getattr(self, name):
+                raise UserError(f'batch_size={self.batch_size} is not a multiple of {name}={getattr(self, name)}.')
         if self.samples < 2 and not self.has_value:
             raise UserError(f'advantages={self.advantages} compares answers to a prompt: samples must be at least 2.')
 
@@ -193,7 +175,7 @@ def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: Co
         abstract=jax.eval_shape(abstract),
         init=jax.jit(init, donate_argnums=(0, 1)),
         prepare=jax.jit(make_prepare(config, compute), compiler_options=options),
-        update=jax.jit(make_update(config, compute, *optimizers), donate_argnums=0, compiler_options=options),
+        update=jax.jit(make_update(config, compute, optimizers), donate_argnums=0, compiler_options=options),
     )
 
 
@@ -229,7 +211,9 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
             logprob, entropy = log_probs(config, compute, policy, part)
             anchor, _ = log_probs(config, compute, reference, part)
             found = {'logprob': logprob, 'entropy': entropy, 'anchor': anchor}
-            return found | {'old': learners.value.params(part['inputs'], None, compute)} if config.has_value else found
+            if learners.value is not None:
+                found['old'] = learners.value.params(part['inputs'], None, compute)
+            return found
 
         # From here on arrays are [N, b, L]: N minibatches of b answers.
         parts = microbatches(parts, config.updates)
@@ -240,7 +224,7 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
         data = {name: parts[name] for name in ('inputs', 'targets', 'mask')} | {'logprob': found['logprob']}
         statistics = monitors.batch_statistics(found, kl, mask, engine)
         if config.has_value:
-            estimate = jax.vmap(partial(returns.advantages, gamma=config.gamma, lam=config.lam))
+            estimate = jax.vmap(partial(returns.advantages, gamma=GAMMA, lam=LAMBDA))
             advantage, target = estimate(reward, found['old'], mask)
             data |= {'advantage': returns.whiten(advantage, mask), 'old': found['old'], 'return': target}
             statistics |= monitors.value_statistics(found['old'], target, mask)
@@ -255,12 +239,7 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
     return prepare
 
 
-def make_update(
-    config: PPOConfig,
-    compute: Compute,
-    policy_optimizer: optax.GradientTransformation,
-    value_optimizer: optax.GradientTransformation,
-) -> Callable:
+def make_update(config: PPOConfig, compute: Compute, optimizers: Sequence[optax.GradientTransformation]) -> Callable:
     """The function that takes one step of policy and value model. Losses are means over the answers' tokens of the minibatch."""
 
     def update(learners: Learners, given: tuple[Llama, Batch]) -> tuple[Learners, dict[str, jax.Array]]:
@@ -275,14 +254,14 @@ def make_update(
 
         def value_loss(params: ScoreModel):
             value = params(batch['inputs'], None, compute)
-            loss, clipped = returns.value_loss(value, batch['old'], batch['return'], config.value_clip)
+            loss, clipped = returns.value_loss(value, batch['old'], batch['return'], config.clip)
             return mean(loss), {'clipped': mean(clipped)}
 
-        policy, found = minimise(policy_loss, learners.policy, policy_optimizer)
+        policy, found = minimise(policy_loss, learners.policy, optimizers[0])
         statistics = {f'policy/{name}': x for name, x in found.items()}
-        if not config.has_value:
+        if learners.value is None:
             return Learners(policy, None), statistics
-        value, found = minimise(value_loss, learners.value, value_optimizer)
+        value, found = minimise(value_loss, learners.value, optimizers[1])
         return Learners(policy, value), statistics | {f'value/{name}': x for name, x in found.items()}
 
     return update
@@ -328,7 +307,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     made = made_from.of_models(models | {'value_from': config.value_from})
     record_inputs(path, made | made_from.of_mixture('prompts.mixture', config.prompts.mixture), begun)
     compute = config.compute.on(jax.default_backend())
-    rewards = open_rewards(config.rewards, tokenizer)
+    rewards = rollout.open_rewards(config.rewards, tokenizer)
     reference, _ = load_model(config.init_from, compute.dtype)
     say(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
     return Stage(
@@ -367,7 +346,7 @@ def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple
     """One iteration: sample answers, score them, compute advantages, take a step on each minibatch."""
     clock = monitors.Clock()
     rollouts = roll_out(stage, learners, number, clock)
-    batch = to_mesh(pad_rollouts(rollouts, stage.config.length), stage.mesh)
+    batch = to_mesh(rollout.pad_rollouts(rollouts, stage.config.length), stage.mesh)
     minibatches, statistics = stage.programs.prepare(learners, (stage.reference, np.float32(beta), batch))
     statistics = jax.device_get(statistics)
     clock.lap('prepare')
@@ -377,17 +356,9 @@ def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple
         steps.append(found)
     steps = jax.device_get(steps)
     clock.lap('update')
-    for step in steps:
-        if not all(finite for name, finite in step.items() if name.endswith('finite')):
-            losses = ', '.join(f'{name} {loss}' for name, loss in step.items() if name.endswith('loss'))
-            raise UserError(
-                f'Iteration {number}: the loss or gradient of a step is not finite ({losses}). '
-                f'The last checkpoint and the answers in {stage.path / "rollouts"} are sound.'
-            )
-    means = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if not name.endswith('finite')}
-    first = {'first_ratio_error': float(steps[0]['policy/ratio_error']), 'first_clipped': float(steps[0]['policy/clipped'])}
-    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    line = figures(rollouts) | {name: float(value) for name, value in statistics.items()} | first | means
+    trained = monitors.mean_of_steps(steps, number, stage.path)
+    tokens = sum(len(answer.token_ids) for answer in rollouts)
+    line = rollout.figures(rollouts) | {name: float(value) for name, value in statistics.items()} | trained
     return learners, line | clock.figures(tokens) | {'memory_gb': monitors.peak_memory()}
 
 
@@ -395,11 +366,11 @@ def roll_out(stage: Stage, learners: Learners, number: int, clock: monitors.Cloc
     """The scored answers of an iteration; those of a run that was killed are read back."""
     config, path = stage.config, stage.path / 'rollouts' / f'{number:06}.jsonl'
     if path.exists():
-        return read_rollouts(path)
+        return rollout.read_rollouts(path)
     stage.engine.load(stage.policy(learners))
     clock.lap('reshard')
     rollouts = sample_and_score(stage, stage.data.batch(number - 1), config.samples, f'{config.seed} {number}', clock)
-    write_rollouts(path, rollouts)
+    rollout.write_rollouts(path, rollouts)
     return rollouts
 
 
@@ -407,7 +378,8 @@ def sample_and_score(stage: Stage, prompts: Sequence[Prompt], samples: int, seed
     """Scored answers of the engine's policy, `samples` neighbours for each prompt."""
     config = stage.config
     settings = {'max_new_tokens': config.max_new_tokens, 'temperature': config.temperature, 'seed': seed, 'count': samples}
-    answers = [(prompt, sample) for prompt, drawn in sample_answers(stage.engine, prompts, **settings) for sample in drawn]
+    sampled = rollout.sample_answers(stage.engine, prompts, **settings)
+    answers = [(prompt, sample) for prompt, drawn in sampled for sample in drawn]
     clock.lap('generate')
     rollouts = stage.rewards(answers)
     clock.lap('score')
@@ -421,11 +393,11 @@ def evaluate(
     config, clock = stage.config, monitors.Clock()
     stage.engine.load(stage.policy(learners))
     rollouts = sample_and_score(stage, stage.data.heldout[: config.eval_prompts], 1, f'{config.seed} heldout', clock)
-    found = {'score_error': monitors.standard_error([rollout.score for rollout in rollouts]), **figures(rollouts)}
+    found = {'score_error': monitors.standard_error([one.score for one in rollouts]), **rollout.figures(rollouts)}
     if stage.judge:
         judged = stage.judge(rollouts)
         found |= {'judge': float(np.mean(judged)), 'judge_error': monitors.standard_error(judged)}
-    report.sample(number, show(rollouts[:SHOWN]))
+    report.sample(number, rollout.show(rollouts[:SHOWN]))
     best = monitors.best_evaluation(lines)
     if best is None or found['score'] > best['heldout/score']:
         provenance = {'stage': 'ppo', 'parent': config.init_from, 'step': number}
@@ -440,10 +412,10 @@ def run(config: PPOConfig, workdir: str) -> Learners:
       UserError: any mistake in the config, a model, the prompts or the workdir; a loss that is not finite; an alarm, if so asked.
     """
     stage = open_stage(config, workdir)
-    path, retention = stage.path, {'keep_last': config.keep_last, 'keep_best': False}
-    with Watch() as watch, no_space_is_said(path), Checkpoints(path / 'checkpoints', **retention) as checkpoints:
-        learners, saved = checkpoints.restore(stage.programs.abstract) or (begin(stage), {'beta': config.beta, 'progress': {}})
-        beta, progress = saved['beta'], Progress(**saved['progress'])
+    path, checkpoints = stage.path, Checkpoints(stage.path / 'checkpoints', keep_last=KEPT, keep_best=False)
+    with Watch() as watch, no_space_is_said(path), checkpoints:
+        learners, saved = checkpoints.restore(stage.programs.abstract) or (begin(stage), {})
+        beta, progress = saved.get('beta', config.beta), Progress(**saved.get('progress', {}))
         meter = Meter(0, None)
         with Interruption() as interruption, Report(path, progress, meter, config.iterations, HEADLINE) as report:
             barrier('metrics cut')
@@ -465,20 +437,14 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 line = report.count(number, int(line['length'] * config.batch_size + 0.5)) | {'beta': beta} | line
                 lines.append(line)
                 report.write(line)
-                for fault in monitors.alarms(lines, stage.dtype):
-                    if config.alarms == 'stop':
-                        raise UserError(f'Iteration {number}: {fault}. --set alarms=warn continues anyway.')
-                    report.say(f'ALARM Iteration {number}: {fault}.')
+                monitors.raise_alarms(lines, stage.dtype, config.alarms, report.say)
                 if config.kl_target:
-                    beta = monitors.adaptive_beta(beta, line['kl'], config.kl_target, config.batch_size, config.kl_horizon)
+                    beta = monitors.adaptive_beta(beta, line['kl'], config.kl_target, config.batch_size, KL_HORIZON)
                 stop = interruption.reached(number)
                 if stop or last or number % config.checkpoint_every == 0:
                     report.flush()
                     checkpoints.save(number, learners, {'beta': beta, 'progress': dataclasses.asdict(progress)})
                 if stop:
                     leave(number, config.iterations, checkpoints, report, interruption.code)
-    if is_main_process():
-        monitors.plot(lines, path / 'reward_kl.png')
-    best = monitors.best_evaluation(lines)
-    say(f'The model of iteration {best["step"]}, held-out score {best["heldout/score"]:.4f}, is in {path / "model"}.')
+    monitors.show_result(lines, path)
     return learners

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from etils.epath import Path
@@ -134,7 +134,7 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
     say(f'{data}\n{config.samples} answers to each of {len(prompts):,} prompts at temperature {temperature}')
     earlier, curve, counts = Earlier(config, path, rewards), RewardsByN(config.samples), collections.Counter()
     starts = range(0, len(prompts), FILE_PROMPTS)
-    with no_space_is_said(path), writing(path / 'choices.jsonl') if is_main_process() else contextlib.nullcontext() as write:
+    with no_space_is_said(path), writing(path / 'choices.jsonl') if is_main_process() else contextlib.nullcontext(len) as write:
         for number, start in enumerate(tqdm(starts, unit='file', disable=not is_main_process())):
             file, some = path / 'samples' / f'{number:05}.jsonl', prompts[start : start + FILE_PROMPTS]
             if not file.exists():
@@ -147,7 +147,7 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
             for i in range(0, len(rollouts), config.samples):
                 answers = rollouts[i : i + config.samples]
                 curve.add([answer.score for answer in answers])
-                best = max(filter(usable, answers), key=lambda answer: answer.score, default=None)
+                best = max((answer for answer in answers if usable(answer)), key=lambda answer: answer.score, default=None)
                 if best:
                     older = earlier.better(best)
                     counts[older is not None] += 1
@@ -239,7 +239,7 @@ def _digest(prompt: Prompt) -> bytes:
 
 def as_choice(rollout: Rollout, is_earlier: bool) -> str:
     """A line of choices.jsonl: a dialog to fine-tune on, the drawn ids in it, and the rollout as it was."""
-    row = {'messages': [*rollout.prompt.messages, answered(rollout)]}
+    row: dict[str, Any] = {'messages': [*rollout.prompt.messages, answered(rollout)]}
     row |= {'chosen_from': 'an earlier round' if is_earlier else 'this round', 'rollout': dataclasses.asdict(rollout)}
     return json.dumps(row, ensure_ascii=False) + '\n'
 

@@ -109,7 +109,7 @@ class Rewards:
             if model.tokenizer.model != tokenizer.model:
                 raise UserError(f'rewards.{name}={getattr(config, name)} has another tokenizer than the policy.')
 
-    def __call__(self, answers: Iterable[tuple[Prompt, Sample]]) -> list[Rollout]:
+    def __call__(self, answers: Iterable[tuple[Prompt, Sample | Rollout]]) -> list[Rollout]:
         """Scores the answers; each score depends on its own answer alone."""
         answers = list(answers)
         rows = [[*prompt.token_ids, *sample.token_ids] for prompt, sample in answers]
@@ -200,7 +200,8 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 def from_json(fields: Mapping[str, Any]) -> Rollout:
     """A rollout of the fields that `dataclasses.asdict` gives."""
-    return Rollout(**{**fields, 'prompt': Prompt(**fields['prompt'])})
+    values: dict[str, Any] = {**fields, 'prompt': Prompt(**fields['prompt'])}
+    return Rollout(**values)
 
 
 def by_oracle(oracle: Oracle, rollout: Rollout) -> Verdict:

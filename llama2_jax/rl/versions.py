@@ -199,8 +199,14 @@ def answer(config: RlhfConfig, rewards: RewardsConfig, model: str, file: Path) -
     if not file.exists():
         engine = open_engine(model, config.ppo.decode_batch, own_template=False)
         prompts = [read_prompt(record, engine.tokenizer) for record in read_records(config.evaluation)]
-        settings = {'max_new_tokens': config.ppo.max_new_tokens, 'temperature': config.ppo.temperature, 'seed': 'evaluation'}
-        answers = [(prompt, sample) for prompt, [sample] in sample_answers(engine, prompts, **settings)]
+        drawn = sample_answers(
+            engine,
+            prompts,
+            max_new_tokens=config.ppo.max_new_tokens,
+            temperature=config.ppo.temperature,
+            seed='evaluation',
+        )
+        answers = [(prompt, sample) for prompt, [sample] in drawn]
         write_rollouts(file, open_rewards(rewards, engine.tokenizer)(answers))
     return read_rollouts(file)
 
@@ -270,7 +276,7 @@ def plot(rows: Mapping[str, Rates], path: Path) -> None:
         x, y = ([row[f'{axis} wins, {judge}'][0] for row in rows.values()] for axis in ('helpfulness', 'harmlessness'))
         axes.plot(x, y, 'o-')
         axes.margins(x=0.4)  # room for the names
-        for name, *place in zip(rows, x, y, strict=True):
+        for name, place in zip(rows, zip(x, y, strict=True), strict=True):
             axes.annotate(name, place, textcoords='offset points', xytext=(4, 4), fontsize=8)
         axes.axhline(0.5, color='grey', linewidth=0.5)
         axes.axvline(0.5, color='grey', linewidth=0.5)

@@ -171,7 +171,7 @@ class Checkpoints:
                 self.wait()
 
     def _read_progress(self, step: int) -> dict[str, Any]:
-        return ocp.JsonCheckpointHandler().restore(self.directory / str(step) / 'extras')
+        return dict(ocp.JsonCheckpointHandler().restore(self.directory / str(step) / 'extras'))
 
     def _attempt(self, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any], str]:
         """State, progress and '' or what is wrong; all processes come to the same verdict."""

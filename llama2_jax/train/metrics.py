@@ -57,10 +57,11 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """tokens_per_second of all chips, tflops (1e12 a second) and mfu (0 to 1) of one; None where unknown."""
         steps, tokens, began = self._steps, self._tokens, self._began
-        if not steps:
+        if not steps or began is None:
             return {'tokens_per_second': None, 'tflops': None, 'mfu': None}
-        self._began, self._steps, self._tokens = time.perf_counter(), 0, 0
-        seconds = self._began - began
+        now = time.perf_counter()
+        self._began, self._steps, self._tokens = now, 0, 0
+        seconds = now - began
         flops = self._flops * steps / seconds
         return {
             'tokens_per_second': tokens / seconds,
@@ -173,14 +174,15 @@ class TensorBoard:
     def __init__(self, directory: Path, step: int):
         hidden = 'torch' not in sys.modules
         if hidden:  # tensorboardX imports it where it is installed: seconds and hundreds of megabytes for nothing
-            sys.modules['torch'] = None
+            sys.modules['torch'] = None  # type: ignore # None makes `import torch` fail
         try:
             from tensorboardX import RecordWriter, summary
             from tensorboardX.proto import event_pb2
         finally:
             if hidden:
                 del sys.modules['torch']
-        self._event, self._scalar = event_pb2.Event, summary.scalar
+        proto: Any = event_pb2  # its names are made at run time
+        self._event, self._scalar = proto.Event, summary.scalar
         self._path = directory / f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
         # What is to lie in a bucket grows on the disk, and is copied now and then.
         self._local = tempfile.TemporaryDirectory() if is_remote(directory) else None
@@ -190,7 +192,7 @@ class TensorBoard:
         self._writer = RecordWriter(os.path.join(self._local.name, self._path.name) if self._local else str(self._path))
         self._flushed = time.monotonic()
         self._put(file_version='brain.Event:2')
-        self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self._put(step=step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Every number of a line of metrics as a scalar of its own name."""

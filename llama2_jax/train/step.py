@@ -52,7 +52,7 @@ def make_step(
     """
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        tokens = jnp.maximum(batch['weights'].sum(), 1)
+        tokens: jax.Array = jnp.maximum(batch['weights'].sum(), 1)
 
         def mean_loss(params, microbatch):
             return loss(params, microbatch) / tokens
@@ -66,7 +66,7 @@ def make_step(
             zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (mean, gradients), _ = jax.lax.scan(accumulate, zeros, microbatches(batch, accumulation))
 
-        metrics = {'tokens': tokens, 'learning_rate': learning_rate(state.step)}
+        metrics = {'tokens': tokens, 'learning_rate': jnp.asarray(learning_rate(state.step))}
         state, moved = descend(state, mean, gradients, optimizer)
         return state, metrics | moved
 

@@ -15,7 +15,7 @@ from llama2_jax.config import UserError
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.lora import LoraConfig
-from llama2_jax.rl import ppo
+from llama2_jax.rl import ppo, rollout
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rollout import RewardsConfig, read_rollouts
 from llama2_jax.train.metrics import read_metrics
@@ -113,11 +113,11 @@ def test_files(finished):
     assert {f'tokens_per_second/{phase}' for phase in ('reshard', 'generate', 'score', 'prepare', 'update')} <= lines[1].keys()
     rollouts = read_rollouts(path / 'rollouts/000001.jsonl')
     assert len(rollouts) == 16
-    for rollout in rollouts:
-        safer = rollout.prompt.is_safety or rollout.safety < np.log(0.15 / 0.85)
-        assert rollout.gated == safer
-        penalty = 0 if rollout.stop_reason == 'eos' else 1
-        assert rollout.score == pytest.approx((rollout.safety if safer else rollout.helpfulness) - penalty, abs=1e-6)
+    for one in rollouts:
+        safer = one.prompt.is_safety or one.safety < np.log(0.15 / 0.85)
+        assert one.gated == safer
+        penalty = 0 if one.stop_reason == 'eos' else 1
+        assert one.score == pytest.approx((one.safety if safer else one.helpfulness) - penalty, abs=1e-6)
     assert (path / 'samples.md').read_text().count('## Step ') == 3
     assert (path / 'reward_kl.png').stat().st_size > 5000
     best = max((line for line in lines if 'heldout/score' in line), key=lambda line: line['heldout/score'])
@@ -130,7 +130,7 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
     expected = timeless(read_metrics(path / 'metrics.jsonl'))
     answers = [(path / f'rollouts/{number:06}.jsonl').read_bytes() for number in (1, 2, 3)]
 
-    write, written = ppo.write_rollouts, []
+    write, written = rollout.write_rollouts, []
 
     def die(where, rollouts):
         write(where, rollouts)
@@ -138,10 +138,10 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppo, 'write_rollouts', die)
+    monkeypatch.setattr(rollout, 'write_rollouts', die)
     with pytest.raises(KeyboardInterrupt):
         ppo.run(some, tmp_path / 'run')
-    monkeypatch.setattr(ppo, 'write_rollouts', write)
+    monkeypatch.setattr(rollout, 'write_rollouts', write)
     drawn = []
     draw = ppo.sample_and_score
     monkeypatch.setattr(ppo, 'sample_and_score', lambda *given: drawn.append(given[3]) or draw(*given))
@@ -162,7 +162,7 @@ def test_killed_at_any_place_it_goes_on_bit_for_bit(finished, tmp_path, monkeypa
 def prepared(home, some, rollouts, change=lambda batch: batch):
     """The minibatches and figures of one batch, under the run's first learners."""
     stage = ppo.open_stage(some, home / 'prepared')
-    batch = change(ppo.pad_rollouts(rollouts, some.length))
+    batch = change(rollout.pad_rollouts(rollouts, some.length))
     given = stage.reference, np.float32(some.beta), ppo.to_mesh(batch, stage.mesh)
     return jax.device_get(stage.programs.prepare(ppo.begin(stage), given))
 
@@ -200,15 +200,13 @@ def test_minibatches_hold_every_answer_once_in_its_place(home, finished):
 def test_adapters_as_the_policy(home, tmp_path, monkeypatch):
     """The reference is the policy without them; eight devices; beta is adapted."""
     monkeypatch.setattr(jax, 'devices', DEVICES)
-    some = config(
-        home, lora=LoraConfig(rank=2), iterations=2, mesh=MeshConfig(fsdp=1), kl_target=1e-3, kl_horizon=100, checkpoint_every=2
-    )
+    some = config(home, lora=LoraConfig(rank=2), iterations=2, mesh=MeshConfig(fsdp=1), kl_target=1e-3, checkpoint_every=2)
     with pytest.raises(UserError, match='mesh .* does not fit 8 devices'):
         ppo.run(some, tmp_path / 'run')
     learners = ppo.run(dataclasses.replace(some, mesh=MeshConfig(fsdp=4, tensor=2)), tmp_path / 'run')
     lines = read_metrics(tmp_path / 'run/metrics.jsonl')
     assert lines[1]['first_ratio_error'] <= 1e-5 and abs(lines[1]['kl']) <= 1e-6 and lines[2]['k3'] > 0
-    assert lines[1]['beta'] == 0.01 and lines[2]['beta'] == pytest.approx(0.01 * (1 - 0.2 * 16 / 100))
+    assert lines[1]['beta'] == 0.01 and lines[2]['beta'] == pytest.approx(0.01 * (1 - 0.2 * 16 / 10_000))
     assert learners.policy.params.b_q_AHK[...].shape == (1, 2, 4, 8)
 
 
