@@ -32,18 +32,26 @@ from random_policy import DEVICES  # noqa: E402
 
 from llama2_jax import inputs  # noqa: E402
 from llama2_jax.mesh import MeshConfig, make_mesh  # noqa: E402
+from llama2_jax.text.tokenizer import Tokenizer  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-SHARED = Path(__file__).parents[2] / 'shared'
+LLAMA2 = Path(__file__).parents[2] / 'shared' / 'data' / 'tokenizer'  # under a licence that forbids copying it here
 
 
 @pytest.fixture(scope='session')
-def shared() -> Path:
-    """The optional folder of models and texts beside the repository; tests that need it skip where it is absent."""
-    if not SHARED.exists():
-        pytest.skip(f'no optional test data at {SHARED}')
-    return SHARED
+def fixtures() -> Path:
+    """The folder of real data and of one really trained small model; its README names sources and licences."""
+    return Path(__file__).parent / 'fixtures'
+
+
+@pytest.fixture(scope='session')
+def llama2() -> Tokenizer:
+    """The LLaMA 2 tokenizer, from $LLAMA2_TOKENIZER or beside the repository; the only thing without which tests are skipped."""
+    path = Path(os.environ.get('LLAMA2_TOKENIZER', LLAMA2))
+    if not path.exists():
+        pytest.skip('the LLaMA 2 tokenizer is not here: LLAMA2_TOKENIZER=DIR names it')
+    return Tokenizer(path)
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,6 @@
 
 import dataclasses
 import runpy
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -138,12 +137,8 @@ def test_flops_of_a_tpu_program(small):
     assert 'predicted step' in str(report) and '17.2 GB' in str(report)
 
 
-def test_program_reads_as_by_the_independent_reader(small, shared):
-    sys.path.insert(0, str(shared / 'tools'))
-    try:
-        from hlo_stats import analyze
-    finally:
-        sys.path.pop(0)
+def test_program_reads_as_by_the_independent_reader(small, fixtures):
+    analyze = runpy.run_path(str(fixtures / 'hlo_stats.py'))['analyze']
     text = small[0].text
     theirs, ours = analyze(text, 'v5e'), read_program(text, CHIPS['TPU v5 lite'])
     assert ours.flops == pytest.approx(theirs['dot_flops'] + theirs['kernel_flops'], rel=1e-3)

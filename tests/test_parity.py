@@ -99,9 +99,9 @@ def test_a_run_of_one_step_has_no_warmup():
 
 
 @pytest.fixture(scope='module')
-def stories(shared):
+def stories(fixtures):
     """The 260K-parameter story model and its golden results."""
-    directory = shared / 'data' / 'stories260K'
+    directory = fixtures / 'stories260K'
     if not directory.exists():
         pytest.skip(f'no model at {directory}')
     from safetensors.numpy import load_file

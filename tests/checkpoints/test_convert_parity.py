@@ -22,7 +22,6 @@ from llama2_jax.config import UserError
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.reward import ScoreModel
 from llama2_jax.text.dialog import encode_dialog, encode_prompt
-from llama2_jax.text.tokenizer import Tokenizer
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -124,9 +123,8 @@ def test_what_transformers_saves_is_read(tmp_path, tokenizer):
         assert model.config.context == 128
 
 
-def test_transformers_reads_our_gguf(tmp_path, shared):
+def test_transformers_reads_our_gguf(tmp_path, llama2):
     """Its GGUF reader undoes llama.cpp's order of rows by itself."""
-    llama2 = Tokenizer(shared / 'data/tokenizer')
     config = dataclasses.replace(GQA, vocab_size=32_000, layers=2)
     save_model(tmp_path / 'model', random_model(config), llama2, {})
     convert(open_model(tmp_path / 'model'), tmp_path / 'model.gguf', 'gguf')
@@ -136,8 +134,8 @@ def test_transformers_reads_our_gguf(tmp_path, shared):
 
 
 @pytest.mark.parametrize('form', ['hf', 'meta', 'orbax', 'gguf'])
-def test_stories260k_gives_its_golden_logits(form, shared, tmp_path):
-    stories = shared / 'data/stories260K'
+def test_stories260k_gives_its_golden_logits(form, fixtures, tmp_path):
+    stories = fixtures / 'stories260K'
     path = tmp_path / ('model.gguf' if form == 'gguf' else 'converted')
     convert(open_model(stories / ('meta' if form == 'hf' else 'hf')), path, form)
     golden = json.loads((stories / 'golden.json').read_text())
@@ -147,8 +145,7 @@ def test_stories260k_gives_its_golden_logits(form, shared, tmp_path):
     )
 
 
-def test_chat_template_and_tokenizer_are_metas(shared, tmp_path):
-    llama2 = Tokenizer(shared / 'data/tokenizer')
+def test_chat_template_and_tokenizer_are_metas(llama2, tmp_path):
     save_model(tmp_path / 'model', random_model(dataclasses.replace(GQA, vocab_size=32_000, layers=1)), llama2, {}, chat=True)
     convert(open_model(tmp_path / 'model'), tmp_path / 'hf', 'hf', 'bfloat16')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')

@@ -65,10 +65,10 @@ def test_ids_of_a_tokenizer_json_are_those_of_the_tokenizers_library(hf):
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.vocab_size) == (0, 1, 2, SIZE)
 
 
-def test_ids_of_llama2s_own_tokenizer_json(shared, tmp_path):
+def test_ids_of_llama2s_own_tokenizer_json(llama2, tmp_path):
     """Also as older versions of transformers write it, each merge in one string, and as transformers 5 saves it."""
     transformers = pytest.importorskip('transformers')
-    original = Tokenizer(shared / 'data/tokenizer')
+    original = llama2
     content = make_tokenizer_json(original.model)
     content['model']['merges'] = [' '.join(merge) for merge in content['model']['merges']]
     (tmp_path / 'tokenizer.model').write_bytes(original.model)

@@ -243,10 +243,9 @@ def test_any_format_loads_onto_any_mesh(form, mesh, model_directory, tmp_path):
             assert w_gate.sharding.shard_shape(w_gate.shape) == (3, 64 // mesh.fsdp, 96 // mesh.tensor)
 
 
-def test_tokenizer_of_a_gguf_file_gives_the_same_ids(shared, tmp_path):
+def test_tokenizer_of_a_gguf_file_gives_the_same_ids(llama2, tmp_path):
     from llama2_jax.text.tokenizer import Tokenizer
 
-    llama2 = Tokenizer(shared / 'data/tokenizer')
     config = dataclasses.replace(GQA, vocab_size=32_000, layers=1)
     save_model(tmp_path / 'model', random_model(config, 'float16'), llama2, {})
     convert(open_model(tmp_path / 'model'), tmp_path / 'model.gguf', 'gguf')
@@ -256,9 +255,9 @@ def test_tokenizer_of_a_gguf_file_gives_the_same_ids(shared, tmp_path):
     assert read.decode(read.encode('naïve  café 🙂', bos=True, eos=True)) == 'naïve  café 🙂'
 
 
-def test_stories260k(shared, tmp_path):
+def test_stories260k(fixtures, tmp_path):
     """Both published forms give the same parameters."""
-    stories = shared / 'data/stories260K'
+    stories = fixtures / 'stories260K'
     for form in ('hf', 'meta'):
         convert(open_model(stories / form), tmp_path / form, 'orbax')
     assert same(tmp_path / 'hf', tmp_path / 'meta')

@@ -118,10 +118,10 @@ def test_mistakes(read, row, message):
         read(row)
 
 
-def test_real_data(shared):
+def test_real_data(fixtures):
     files = {
-        f'jsonl:{shared}/data/hh-rlhf/*.gz': (2308, {'no text': 4}),
-        f'jsonl:{shared}/data/oasst/en_100_tree.jsonl.gz': (754, {}),
+        f'jsonl:{fixtures}/hh-rlhf/*.gz': (2308, {'no text': 4}),
+        f'jsonl:{fixtures}/oasst/en_100_tree.jsonl.gz': (754, {}),
     }
     for source, (count, expected) in files.items():
         kept, dropped = 0, {}

@@ -158,9 +158,9 @@ def test_tfds(tmp_path, monkeypatch):
     assert list(read_dialogs('tfds:mini_chat')) == [('Source tfds:mini_chat example 0', turns('hé', 'ho', 'a', 'b'))]
 
 
-def test_published_oasst(shared):
-    trees = dialogs(read_dialogs(f'jsonl:{shared}/data/oasst/en_100_tree.jsonl.gz'))
-    rows = gzip.decompress((shared / 'data/oasst/en_100_tree.jsonl.gz').read_bytes()).decode().splitlines()
+def test_published_oasst(fixtures):
+    trees = dialogs(read_dialogs(f'jsonl:{fixtures}/oasst/en_100_tree.jsonl.gz'))
+    rows = gzip.decompress((fixtures / 'oasst/en_100_tree.jsonl.gz').read_bytes()).decode().splitlines()
     for dialog, row in zip(trees, rows, strict=True):
         messages = [json.loads(row)['prompt']]
         for message in dialog:  # down the tree
@@ -171,23 +171,23 @@ def test_published_oasst(shared):
             messages = found['replies']
         assert not any(reply['replies'] for reply in messages)  # nothing was left unasked
     assert sum(len(dialog) for dialog in trees) == 290
-    assert trees == dialogs(read_dialogs(f'jsonl:{shared}/data/oasst/en_100_message.jsonl.gz'))
+    assert trees == dialogs(read_dialogs(f'jsonl:{fixtures}/oasst/en_100_message.jsonl.gz'))
     with pytest.raises(UserError, match=r'en_100_text\.jsonl\.gz:1 is not an object'):
-        list(read_dialogs(f'jsonl:{shared}/data/oasst/en_100_text.jsonl.gz'))
+        list(read_dialogs(f'jsonl:{fixtures}/oasst/en_100_text.jsonl.gz'))
 
 
-def test_published_sharegpt_and_questions(shared):
-    found = dialogs(read_dialogs(f'jsonl:{shared}/data/mt-bench/dummy_conversation.json'))
+def test_published_sharegpt_and_questions(fixtures):
+    found = dialogs(read_dialogs(f'jsonl:{fixtures}/mt-bench/dummy_conversation.json'))
     assert found[0][:2] == turns('Who are you?', 'I am Vicuna, a language model trained by researchers from Large Model Systems '
                                  'Organization (LMSYS).')  # fmt: skip
     assert None not in found
     with pytest.raises(UserError, match=r'question\.jsonl:1 has the fields question_id, category, turns, which are no known'):
-        list(read_dialogs(f'jsonl:{shared}/data/mt-bench/mt_bench/question.jsonl'))
+        list(read_dialogs(f'jsonl:{fixtures}/mt-bench/mt_bench/question.jsonl'))
 
 
-def test_published_dolly(shared, tmp_path):
+def test_published_dolly(fixtures, tmp_path):
     """Its own fields; the sample lies there as a table."""
-    table = gzip.decompress((shared / 'data/dolly-sample/databricks_dolly_15k.csv.gz').read_bytes()).decode()
+    table = gzip.decompress((fixtures / 'dolly-sample/databricks_dolly_15k.csv.gz').read_bytes()).decode()
     rows = list(csv.DictReader(io.StringIO(table)))
     (tmp_path / 'dolly.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     found = dialogs(read_dialogs(f'jsonl:{tmp_path}/dolly.jsonl'))

@@ -299,9 +299,9 @@ def test_words():
     assert grade('squad', ['unanswerable'], 'The answer is **unanswerable**.')['correct'] == 1.0
 
 
-def test_numbers_are_those_of_lm_eval(shared):
+def test_numbers_are_those_of_lm_eval(fixtures):
     """Its filters of gsm8k_cot: 'The answer is N.', and where that is missing the last number."""
-    rows = [json.loads(line)['answer'] for line in (shared / 'data/gsm8k/train-1500.jsonl').read_text().splitlines()]
+    rows = [json.loads(line)['answer'] for line in (fixtures / 'gsm8k/train-1500.jsonl').read_text().splitlines()]
     texts = [re.sub(r'<<.*?>>', '', row) for row in rows]
     stated = [text.replace('####', 'The answer is') + '.' for text in texts]
     for text in stated:

@@ -65,8 +65,8 @@ def forms(row):
 
 
 @pytest.fixture(scope='module')
-def problems(shared):
-    return TASKS['humaneval'].read(Files(str(shared / 'data')), 0)
+def problems(fixtures):
+    return TASKS['humaneval'].read(Files(str(fixtures)), 0)
 
 
 def failing(problems):

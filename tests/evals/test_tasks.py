@@ -261,13 +261,13 @@ def test_missing_sets(tmp_path):
 
 
 @cache
-def real(shared):
-    return Files(str(shared / 'data'))
+def real(fixtures):
+    return Files(str(fixtures))
 
 
-def test_gsm8k_references_score_100(shared):
-    examples = read(real(shared), 'gsm8k')
-    answers = [json.loads(line)['answer'] for line in (shared / 'data/gsm8k/train-1500.jsonl').read_text().splitlines()]
+def test_gsm8k_references_score_100(fixtures):
+    examples = read(real(fixtures), 'gsm8k')
+    answers = [json.loads(line)['answer'] for line in (fixtures / 'gsm8k/train-1500.jsonl').read_text().splitlines()]
     assert len(examples) == 1500
     assert all(grade('gsm8k', example, said(answer))['correct'] for example, answer in zip(examples, answers, strict=True))
     # Those of one's neighbour are another number nearly always.
@@ -276,8 +276,8 @@ def test_gsm8k_references_score_100(shared):
     )
 
 
-def test_humaneval_solutions_score_164_and_prompts_none(shared):
-    examples = read(real(shared), 'humaneval')
+def test_humaneval_solutions_score_164_and_prompts_none(fixtures):
+    examples = read(real(fixtures), 'humaneval')
     with ThreadPoolExecutor(2) as pool:
         solved = list(pool.map(sandbox.run_program, [humaneval_program(e, e.data['canonical_solution']) for e in examples]))
         alone = list(pool.map(sandbox.run_program, [humaneval_program(e, '') for e in examples]))
@@ -285,9 +285,9 @@ def test_humaneval_solutions_score_164_and_prompts_none(shared):
     assert 'passed' not in alone and len(alone) == 164
 
 
-def test_mmlu_constant_letters_score_what_counting_says(shared):
-    examples = read(real(shared), 'mmlu')
-    rows = [line for path in sorted((shared / 'data/mmlu/val').glob('*.csv')) for line in read_rows(str(path))]
+def test_mmlu_constant_letters_score_what_counting_says(fixtures):
+    examples = read(real(fixtures), 'mmlu')
+    rows = [line for path in sorted((fixtures / 'mmlu/val').glob('*.csv')) for line in read_rows(str(path))]
     assert len(examples) == len(rows) == 1531 and all(example.choices[0][0].count('Answer:') == 6 for example in examples)
     assert Counter(example.group for example in examples).keys() == {'stem', 'humanities', 'social', 'other'}
     for letter in range(4):
@@ -296,16 +296,16 @@ def test_mmlu_constant_letters_score_what_counting_says(shared):
         assert ours == np.mean([row[-1] == 'ABCD'[letter] for row in rows])
 
 
-def test_safety_sets(shared):
-    files = real(shared)
+def test_safety_sets(fixtures):
+    files = real(fixtures)
     assert len(read(files, 'truthfulqa')) == len(read(files, 'truthfulqa_mc')) == 817
     assert Counter(example.target for example in read(files, 'xstest')) == {'safe': 250, 'unsafe': 200}
     assert len(read(files, 'advbench')) == 520 and len(read(files, 'bold')) > 500
 
 
-def test_refusals_are_learned(shared):
+def test_refusals_are_learned(fixtures):
     """Five-fold, on answers labelled by people: better than a list of keywords, which is right in 87 %."""
-    answers, refused = read_labelled(real(shared))
+    answers, refused = read_labelled(real(fixtures))
     right = []
     for fold in range(5):
         known = [n for n in range(len(answers)) if n % 5 != fold]

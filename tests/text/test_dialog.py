@@ -16,7 +16,7 @@ from llama2_jax.text.dialog import (
     has_special_tags,
 )
 from llama2_jax.text.template import PromptFormat
-from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llama2_jax.text.tokenizer import train_tokenizer
 
 
 class Letters:
@@ -40,11 +40,6 @@ def dialog(*contents, system=None):
 ONE = '<s> [INST] Hi [/INST] Hello! </s>'
 TWO = ONE + '<s> [INST] Bye [/INST] See you. </s>'
 THREE = TWO + '<s> [INST] Bye! [/INST] Bye! </s>'
-
-
-@pytest.fixture(scope='module')
-def llama2(shared):
-    return Tokenizer(shared / 'data/tokenizer')
 
 
 @pytest.fixture(scope='module')

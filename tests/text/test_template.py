@@ -52,11 +52,6 @@ TALK = [USER, {'role': 'assistant', 'content': 'Four.'}, {'role': 'user', 'conte
 DIALOGS = ([USER], TALK, [{'role': 'system', 'content': 'Be brief.'}, *TALK])
 
 
-@pytest.fixture(scope='module')
-def llama2(shared):
-    return Tokenizer(shared / 'data' / 'tokenizer')
-
-
 def theirs(folder, llama2, spaces, template, **settings):
     """The tokenizer of transformers in a directory as `convert` writes it."""
     transformers = pytest.importorskip('transformers')

@@ -28,11 +28,6 @@ GOLDEN = {
 
 
 @pytest.fixture(scope='module')
-def llama2(shared):
-    return Tokenizer(shared / 'data/tokenizer')
-
-
-@pytest.fixture(scope='module')
 def texts():
     rng = random.Random(0)
     words = ['the', 'cat', 'sat', 'naïve', '12345', 'red\tmat', 'hello', '<s>', 'under', 'yellow', 'trees']
