@@ -62,7 +62,7 @@ docs: $(VENV)/docs  ## the site of docs/, in site/; warnings are errors
 
 # What shows that a line of versions works: the model, its meshes, its files, sampling, PPO, the package, the TPU compiler.
 CORE := tests/test_parity.py tests/test_sharding.py tests/train/test_checkpoint.py tests/inference/test_engine.py \
-  tests/rl/test_ppo_stage.py tests/test_package.py tests/test_aot.py
+  tests/rl/test_ppo_stage.py tests/test_loss_traces.py tests/test_package.py tests/test_aot.py
 
 core: $(VENV)/tests  ## the tests of the core alone: `make core VENV=.venv-3.13 PYTHON=python3.13` tries other versions
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(CORE)
