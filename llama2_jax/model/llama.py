@@ -45,7 +45,7 @@ class Compute:
 
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'
     remat: str = resumable('none')
-    attention: Literal['auto', 'reference', 'splash', 'cudnn'] = resumable('auto')
+    attention: Literal['auto', 'reference', 'blockwise', 'splash', 'cudnn'] = resumable('auto')
 
     def __post_init__(self) -> None:
         if self.remat not in ('none', 'full', 'offload'):

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from llama2_jax.mesh import spec
 
-Implementation = Literal['reference', 'splash', 'cudnn']
+Implementation = Literal['reference', 'blockwise', 'splash', 'cudnn']
 ATTENTION_OUTPUT = 'attention'  # the name under which a remat policy saves it
 CACHED_QUERIES = 256  # that look at a cache at a time, at least: more scores than theirs fit no CPU's cache
 
@@ -28,7 +28,7 @@ CACHED_QUERIES = 256  # that look at a cache at a time, at least: more scores th
 def implementation_for(platform: str) -> Implementation:
     """The kernel for a platform: 'cpu', 'gpu' (or 'cuda') or 'tpu'."""
     kernels: dict[str, Implementation] = {'tpu': 'splash', 'gpu': 'cudnn', 'cuda': 'cudnn'}
-    return kernels.get(platform, 'reference')
+    return kernels.get(platform, 'blockwise')
 
 
 def attention(
@@ -37,7 +37,7 @@ def attention(
     v_BLGK: jax.Array,
     segments_BL: jax.Array | None = None,
     *,
-    implementation: Implementation = 'reference',
+    implementation: Implementation = 'blockwise',
     interpret: bool = False,
 ) -> jax.Array:
     """Each position attends to itself and to what came before; with `segments_BL` only within its own segment.
@@ -47,14 +47,20 @@ def attention(
       k_BLGK: keys, rotated; G divides H.
       v_BLGK: values.
       segments_BL: int32; positions of equal number see each other. None: everything before.
-      implementation: the kernel. Each takes any length and head size.
+      implementation: The kernel: 'reference' is the definition in plain einsums, which the tests compare the others with;
+        'blockwise' is for CPUs, 'splash' for TPUs, 'cudnn' for GPUs. Each takes any length and head size.
       interpret: runs splash's body step by step, for tests on a CPU.
 
     Returns:
       [B, L, H, K] in the dtype of the queries.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = {'reference': _reference, 'cudnn': _cudnn, 'splash': partial(_splash, interpret=interpret)}[implementation]
+    kernel = {
+        'reference': _reference,
+        'blockwise': _blockwise,
+        'splash': partial(_splash, interpret=interpret),
+        'cudnn': _cudnn,
+    }[implementation]
     if mesh.empty:
         out = kernel(q_BLHK, k_BLGK, v_BLGK, segments_BL, segments_BL)
     else:
@@ -151,22 +157,33 @@ def _visible(length: int, keys: int, segments_BL: jax.Array | None, segments_BM:
 
 
 def _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
+    """The definition: every query against every key."""
+    B, L, H, K = q_BLHK.shape
+    M, G = k_BMGK.shape[1:3]
+    q_BLGRK = q_BLHK.reshape(B, L, G, H // G, K)
+    scores_BGRLM = jnp.einsum('BLGRK,BMGK->BGRLM', q_BLGRK, k_BMGK, preferred_element_type=jnp.float32) * K**-0.5
+    visible_BLM = _visible(L, M, segments_BL, segments_BM, shards)
+    weights_BGRLM = jax.nn.softmax(scores_BGRLM, axis=-1, where=visible_BLM[:, None, None])
+    return jnp.einsum('BGRLM,BMGK->BLGRK', weights_BGRLM.astype(v_BMGK.dtype), v_BMGK).reshape(B, L, H, K)
+
+
+def _blockwise(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
     B, L, H, K = q_BLHK.shape
     M, G = k_BMGK.shape[1:3]
     visible_BLM = _visible(L, M, segments_BL, segments_BM, shards)
     q_BGRLK = (q_BLHK * K**-0.5).reshape(B, L, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    out_BGRLK = _blockwise(q_BGRLK, k_BMGK.swapaxes(1, 2), v_BMGK.swapaxes(1, 2), visible_BLM, shards == 1)
+    out_BGRLK = _blocks_of_queries(q_BGRLK, k_BMGK.swapaxes(1, 2), v_BMGK.swapaxes(1, 2), visible_BLM, shards == 1)
     return out_BGRLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
+def _blocks_of_queries(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
     """Attention in blocks of queries, each with the keys it can see: half the work, and scores that stay in a CPU's cache.
 
     The backward pass makes the scores again; what XLA on CPU makes of softmax's own derivative is several times slower.
     `aligned`: query i is position i of the keys.
     """
-    return _blockwise_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned)[0]
+    return _blocks_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned)[0]
 
 
 def _blocks(queries, keys, aligned, least=64):
@@ -181,7 +198,7 @@ def _scores(q_BGRLK, k_BGMK, visible_BLM):
     return jnp.where(visible_BLM[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _blockwise_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
+def _blocks_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
     outs, logsums = [], []
     for rows, seen in _blocks(q_BGRLK.shape[3], k_BGMK.shape[2], aligned):
         scores = _scores(q_BGRLK[..., rows, :], k_BGMK[:, :, seen], visible_BLM[:, rows, seen])
@@ -195,7 +212,7 @@ def _blockwise_forward(q_BGRLK, k_BGMK, v_BGMK, visible_BLM, aligned):
     return out_BGRLK, (q_BGRLK, k_BGMK, v_BGMK, visible_BLM, out_BGRLK, jnp.concatenate(logsums, axis=3))
 
 
-def _blockwise_backward(aligned, residuals, dout_BGRLK):
+def _blocks_backward(aligned, residuals, dout_BGRLK):
     q_BGRLK, k_BGMK, v_BGMK, visible_BLM, out_BGRLK, logsum_BGRL1 = residuals
     product = out_BGRLK.astype(jnp.float32) * dout_BGRLK.astype(jnp.float32)
     delta_BGRL1 = product.sum(axis=-1, keepdims=True)
@@ -211,7 +228,7 @@ def _blockwise_backward(aligned, residuals, dout_BGRLK):
     return jnp.concatenate(dq, axis=3), dk.astype(k_BGMK.dtype), dv.astype(v_BGMK.dtype), None
 
 
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+_blocks_of_queries.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _refused_by_cudnn(q_BLHK: jax.Array) -> str:
@@ -234,7 +251,7 @@ def _warn_once(text: str) -> None:
 def _cudnn(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards=1):
     if why := _refused_by_cudnn(q_BLHK):
         _warn_once(f'Attention is computed without cuDNN, which does not support {why}.')
-        return _reference(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards)
+        return _blockwise(q_BLHK, k_BMGK, v_BMGK, segments_BL, segments_BM, shards)
     L, M = q_BLHK.shape[1], k_BMGK.shape[1]
     q_size, kv_size = L + L % 2, M + M % 2  # its backward pass takes even lengths only
     simple = segments_BL is None and shards == 1  # cuDNN then skips what the causal mask hides

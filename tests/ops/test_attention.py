@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +27,13 @@ def value_and_gradients(q, k, v, segments=None, **options):
     return out, *gradients
 
 
-def test_reference_by_hand():
+@pytest.mark.parametrize('implementation', ['reference', 'blockwise'])
+def test_by_hand(implementation):
     """Head size 1, keys 0, ln 2, ln 6 and a query of 1 weigh 1 : 2 : 6; the values are 9, 0, 3."""
     q, k, v = (jnp.array(x).reshape(1, 3, 1, 1) for x in ([1.0, 1, 1], [0, np.log(2), np.log(6)], [9.0, 0, 3]))
-    np.testing.assert_allclose(attention(q, k, v).ravel(), [9, 9 / 3, (9 + 6 * 3) / 9], rtol=1e-6)
-    np.testing.assert_allclose(attention(q, k, v, jnp.array([[1, 2, 2]])).ravel(), [9, 0, 6 * 3 / 8], rtol=1e-6, atol=1e-6)
+    attend = partial(attention, q, k, v, implementation=implementation)
+    np.testing.assert_allclose(attend().ravel(), [9, 9 / 3, (9 + 6 * 3) / 9], rtol=1e-6)
+    np.testing.assert_allclose(attend(jnp.array([[1, 2, 2]])).ravel(), [9, 0, 6 * 3 / 8], rtol=1e-6, atol=1e-6)
 
 
 def test_scores_are_divided_by_the_root_of_the_head_size():
@@ -57,15 +61,16 @@ def test_causality_by_gradients():
             assert np.array_equal(seen, allowed & needed)
 
 
+@pytest.mark.parametrize('implementation', ['blockwise', 'splash'])
 @pytest.mark.parametrize(('L', 'G', 'K'), [(256, 4, 64), (256, 2, 64), (32, 2, 8), (100, 4, 32), (201, 1, 24)])
 @pytest.mark.parametrize('segmented', [False, True])
-def test_splash_is_the_reference(L, G, K, segmented):
+def test_kernels_are_the_reference(L, G, K, segmented, implementation):
     """Outputs and gradients, at lengths that are padded and head sizes that fill no lane."""
     arrays = inputs(L, 4, G, K)
     parts = [L * 2 // 5, L // 4, L - L * 2 // 5 - L // 4]
     segments = np.repeat([[1, 2, 3], [1, 2, 0]], parts, axis=1).astype(np.int32) if segmented else None
-    expected = value_and_gradients(*arrays, segments)
-    found = value_and_gradients(*arrays, segments, implementation='splash', interpret=True)
+    expected = value_and_gradients(*arrays, segments, implementation='reference')
+    found = value_and_gradients(*arrays, segments, implementation=implementation, interpret=True)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -90,21 +95,21 @@ def test_cudnn_is_called_for_the_same_thing(L, G, segmented, monkeypatch):
     monkeypatch.setattr(jax.nn, 'dot_product_attention', answered_by_xla)
     arrays = [array.astype(jnp.bfloat16) for array in inputs(L, 4, G, 16)]
     segments = np.repeat([[1, 2, 3], [1, 2, 0]], [10, 6, L - 16], axis=1).astype(np.int32) if segmented else None
-    expected = value_and_gradients(*arrays, segments)
+    expected = value_and_gradients(*arrays, segments, implementation='reference')
     for ours, theirs in zip(value_and_gradients(*arrays, segments, implementation='cudnn'), expected, strict=True):
         np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=0.05, atol=0.05)
     assert asked == [('cudnn', 32)]
 
 
 @pytest.mark.parametrize(('K', 'dtype'), [(16, np.float32), (12, jnp.bfloat16), (256, jnp.bfloat16)])
-def test_what_cudnn_refuses_is_computed_by_the_reference(K, dtype):
+def test_what_cudnn_refuses_is_computed_in_blocks(K, dtype):
     arrays = [array.astype(dtype) for array in inputs(32, 4, 2, K)]
-    np.testing.assert_array_equal(attention(*arrays, implementation='cudnn'), attention(*arrays, implementation='reference'))
+    np.testing.assert_array_equal(attention(*arrays, implementation='cudnn'), attention(*arrays, implementation='blockwise'))
 
 
 def test_kernel_for_each_platform():
     assert [implementation_for(platform) for platform in ('cpu', 'gpu', 'cuda', 'tpu')] == [
-        'reference',
+        'blockwise',
         'cudnn',
         'cudnn',
         'splash',
