@@ -19,8 +19,8 @@ import numpy as np
 from absl import app, flags
 
 from llama2_jax.evals.answers import extract_number
-from llama2_jax.evals.ask import encode_pairs
 from llama2_jax.evals.files import Files
+from llama2_jax.evals.prompter import encode_pairs
 from llama2_jax.evals.task import Example
 from llama2_jax.evals.tasks import TASKS
 from llama2_jax.inference.engine import Engine

@@ -75,7 +75,7 @@ def main(_) -> None:
     _, judged = ghost.read_questions(config)
     control = ghost.measure(config, path / 'model', read_constraints(config.constraints), judged)
     figures = {'before': before, 'the same tuning without it': control, 'Ghost Attention': after}
-    ghost.say_recall(figures)
+    ghost.print_recall(figures)
     _draw(figures, path / 'recall.png')
 
 

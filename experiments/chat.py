@@ -8,7 +8,7 @@ from absl import flags
 from common import tool
 
 from llama2_jax.inference.open import open_engine
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.stages import chat
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
@@ -24,9 +24,9 @@ def run() -> None:
     """Converses until the input ends."""
     settings = {name: flags.FLAGS[name].value for name in ('temperature', 'top_p', 'max_new_tokens', 'seed')}
     engine = open_engine(MODEL.value, batch_size=1, int8=INT8.value)
-    say(engine.tokenizer.prompts.describe(chat=True))
+    log(engine.tokenizer.prompts.describe(chat=True))
     if not engine.tokenizer.prompts.chat:
-        say(f'Warning: nothing says that {MODEL.value} was trained to chat; its answers may not end.')
+        log(f'Warning: nothing says that {MODEL.value} was trained to chat; its answers may not end.')
     chat.converse(chat.Chat(engine, SYSTEM.value, **settings))
 
 

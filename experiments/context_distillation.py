@@ -12,7 +12,7 @@ from etils.epath import Path
 
 from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.safety import context_distillation
 from llama2_jax.safety.context_distillation import DistillConfig
 
@@ -95,7 +95,7 @@ def run(config: DistillConfig, workdir: str) -> None:
     if not safety:
         safety = str(home / 'rm-safety' / 'model')
         if not is_saved(safety):
-            say(f'No safety= is given: a reward model of the toy world is trained in {home / "rm-safety"} first.')
+            log(f'No safety= is given: a reward model of the toy world is trained in {home / "rm-safety"} first.')
             reward_model.run(dataclasses.replace(reward_model.tiny_safety(), init_from=model), str(home / 'rm-safety'))
     context_distillation.run(dataclasses.replace(config, model=model, safety=safety), workdir)
 

@@ -68,7 +68,7 @@ def run() -> None:
         if not PROMPTS.value or not JUDGE.value:
             raise UserError('--versus needs --prompts=SOURCE and --judge=reward_model:DIR, model:DIR or toy.')
         pairwise.run(
-            pairwise.VersusConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens', 'chat'))
+            pairwise.PairwiseConfig(**common, **given('versus', 'prompts', 'judge', 'temperature', 'max_new_tokens', 'chat'))
         )
         return
     settings = given('data_dir', 'tfds', 'shots', 'samples', 'chat', 'run_generated_code')

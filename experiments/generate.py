@@ -18,7 +18,7 @@ from llama2_jax.config import UserError
 from llama2_jax.files import check_writable
 from llama2_jax.inference import plan
 from llama2_jax.inference.open import open_engine
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.stages import generate
 from llama2_jax.text.printable import printable
 
@@ -64,7 +64,7 @@ def run() -> None:
     prompts = PROMPT.value or ['']
     rows = [{'prompt': prompt} for prompt in prompts]
     chat = engine.tokenizer.prompts.chat if CHAT.value is None else CHAT.value
-    say(engine.tokenizer.prompts.describe(chat))
+    log(engine.tokenizer.prompts.describe(chat))
     requests = [generate.make_request(row, engine.tokenizer, settings, f'--prompt={row["prompt"]!r}', chat) for row in rows]
     for prompt, request, samples in zip(prompts, requests, engine.generate(requests), strict=True):
         for sample in samples:

@@ -11,7 +11,7 @@ from etils.epath import Path
 
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.mesh import MeshConfig
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.rl import plan, ppo
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.train.optimizer import OptimizerConfig
@@ -114,7 +114,7 @@ def llama2(size: str, beta: float, value_rate: float, mesh: MeshConfig) -> PPOCo
         rewards=rejection_sampling.PAPER_REWARDS,
         prompts=PromptConfig(mixture='jsonl:prompts/*.jsonl'),
         value_optimizer=constant(value_rate),
-        compute=Compute(remat='full'),
+        compute=ComputeConfig(remat='full'),
         mesh=mesh,
         beta=beta,
         decode_batch=512,

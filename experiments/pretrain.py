@@ -11,8 +11,8 @@ from etils.epath import Path
 from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.config import MODELS
 from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.model.llama import Compute
-from llama2_jax.runtime import say
+from llama2_jax.model.llama import ComputeConfig
+from llama2_jax.runtime import log
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
 from llama2_jax.toy import GENRES
@@ -113,7 +113,7 @@ def llama2(size: str, peak_lr: float, remat: str) -> PretrainConfig:
         model=MODELS[size],
         data=DataConfig(mixture=mixture),
         optimizer=OptimizerConfig(peak_lr=peak_lr),
-        compute=Compute(remat=remat),
+        compute=ComputeConfig(remat=remat),
         loop=LoopConfig(eval_every=1000, sample_every=5000, checkpoint_every=1000, keep_every=25_000),
         tokenizer='tokenizer.model',
     )
@@ -133,7 +133,7 @@ PRESETS = {
 def trained(place: Path, config: PretrainConfig) -> str:
     """The model of a workdir, which is pretrained there if it has none yet: for stages that are given no model."""
     if not is_saved(place / 'model'):
-        say(f'No model is given: a base model is pretrained in {place} first.')
+        log(f'No model is given: a base model is pretrained in {place} first.')
         pretrain.run(config, str(place))
     return str(place / 'model')
 

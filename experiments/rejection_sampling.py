@@ -16,7 +16,7 @@ from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.rl import rejection
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rollout import RewardsConfig
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
 from llama2_jax.train.optimizer import OptimizerConfig
@@ -146,7 +146,7 @@ def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home:
         if not getattr(rewards, name):
             model = home / f'rm-{name}'
             if not is_saved(model / 'model'):
-                say(f'No rewards.{name} is given: one of the toy world is trained in {model} first.')
+                log(f'No rewards.{name} is given: one of the toy world is trained in {model} first.')
                 reward_model.run(dataclasses.replace(config, init_from=policy), str(model))
             rewards = dataclasses.replace(rewards, **{name: str(model / 'model')})
     return policy, rewards

@@ -11,7 +11,7 @@ from common import stage
 from etils.epath import Path
 
 from llama2_jax.data.preferences import PreferenceConfig
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.stages import reward
 from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.train.loop import LoopConfig
@@ -169,7 +169,7 @@ def helpfulness(size: str) -> RewardConfig:
         init_from=size,
         data=PreferenceConfig(mixture=HELPFULNESS),
         optimizer=OptimizerConfig(peak_lr=5e-6 if size == '70b' else 1e-5, warmup_steps=5, warmup_share=0.03),
-        compute=Compute(remat='full'),
+        compute=ComputeConfig(remat='full'),
         loop=LoopConfig(log_every=1, eval_every=100, checkpoint_every=100),
         center=False,
     )

@@ -12,9 +12,9 @@ from etils.epath import Path
 from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.mixing import check_toy
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.model.lora import LoraConfig
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
@@ -131,7 +131,7 @@ def llama2(size: str) -> SftConfig:
     return SftConfig(
         init_from=size,
         data=DialogConfig(mixture='jsonl:dialogs/*.jsonl'),
-        compute=Compute(remat='full'),
+        compute=ComputeConfig(remat='full'),
         loop=LoopConfig(log_every=1, eval_every=50, sample_every=50, checkpoint_every=50),
     )
 
@@ -193,7 +193,7 @@ def toy_model(home: Path, name: str, preset: SftConfig) -> str:
 def trained(place: Path, config: SftConfig) -> str:
     """The model of a workdir, which is trained there if it has none yet: for stages that are given no model."""
     if not is_saved(place / 'model'):
-        say(f'No model is given: one is made in {place} first.')
+        log(f'No model is given: one is made in {place} first.')
         run(config, str(place))
     return str(place / 'model')
 

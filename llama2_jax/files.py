@@ -21,7 +21,7 @@ from etils import epath
 from llama2_jax.config import UserError, shown
 
 STAGING = 2**23  # bytes that are written at once
-PAST_THE_CACHE = getattr(os, 'O_DIRECT', 0)  # Linux has it
+OUT_OF_RANGE_SLOT = getattr(os, 'O_DIRECT', 0)  # Linux has it
 BUCKET_SECONDS = 60.0  # a file in a bucket that grows is written anew so often at most
 # Of a bucket that is not there, not allowed or not reachable; each library has errors of its own.
 BUCKET_LIBRARIES = ('gcsfs', 'google', 'aiohttp', 'requests')
@@ -367,7 +367,7 @@ class _Direct:
     def __init__(self, path: epath.Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
-            self._file = os.open(path, flags | PAST_THE_CACHE, 0o666)
+            self._file = os.open(path, flags | OUT_OF_RANGE_SLOT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -392,7 +392,7 @@ class _Direct:
                 done = os.write(self._file, content)
         if done < self._filled:  # the file's end, which is no whole block, or a disk that is full or wants no such writing
             flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-            fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~PAST_THE_CACHE)
+            fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~OUT_OF_RANGE_SLOT)
             while done < self._filled:
                 done += os.write(self._file, content[done:])
         self._filled = 0

@@ -22,7 +22,7 @@ from llama2_jax.inference.scorer import SHORTEST, scoring
 from llama2_jax.inference.slots import PIECES, shards
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh, parameter_spec, spec
 from llama2_jax.model import lora
-from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.model.reward import ScoreModel
 from llama2_jax.planning import aot
 from llama2_jax.rl import ppo
@@ -82,9 +82,9 @@ class Target:
         return decoding_mesh(self.model, self.devices)
 
     @cached_property
-    def compute(self) -> Compute:
+    def compute(self) -> ComputeConfig:
         """As the presets have it."""
-        return Compute(remat='full' if self.big else 'none').on(self.platform)
+        return ComputeConfig(remat='full' if self.big else 'none').on(self.platform)
 
     def rows(self, preset: int) -> int:
         """Rows of a batch: the preset's, or for a big model two a chip."""
@@ -166,7 +166,7 @@ def tuning(target: Target, preset: str, heldout: bool = False) -> Call:
         config = dataclasses.replace(config, lora=sft_presets.PRESETS[preset]().lora)
     state, step = sft.build(config, target.model, target.compute, STEPS)
     frozen = target.model_of(Llama) if config.lora.rank else None
-    frozen = jax.eval_shape(lora.in_eight_bits, frozen) if config.lora.int8 else frozen
+    frozen = jax.eval_shape(lora.to_int8, frozen) if config.lora.int8 else frozen
     kinds = {'tokens': jnp.int32, 'segment_ids': jnp.int32, 'trained': bool}
     batch = abstract_batch(target.mesh, rows, config.length, **kinds)
     if heldout:
@@ -206,7 +206,7 @@ def adapters(target: Target) -> tuple[lora.LoraConfig, Any]:
     return config, jax.eval_shape(lambda: lora.make_adapters(target.model, config, jax.random.key(0)))
 
 
-@program('stages.sft.run.init', 'rl.ppo.begin')
+@program('stages.sft.run.init', 'rl.ppo.initial_learners')
 def first_adapters(target: Target) -> Call:
     make = partial(lora.make_adapters, target.model, sft_presets.lora_7b().lora)
     return Call(jax.jit(make), (jax.eval_shape(lambda: jax.random.key(0)),), target.mesh)
@@ -218,9 +218,9 @@ def lora_merge(target: Target) -> Call:
     return Call(lora.merge, (target.model_of(Llama), factors), target.mesh, {'lora': config})
 
 
-@program('model.lora.in_eight_bits')
-def lora_in_eight_bits(target: Target) -> Call:
-    return Call(lora.in_eight_bits, (target.model_of(Llama),), target.mesh)
+@program('model.lora.to_int8')
+def lora_to_int8(target: Target) -> Call:
+    return Call(lora.to_int8, (target.model_of(Llama),), target.mesh)
 
 
 def comparing(target: Target, heldout: bool) -> Call:

@@ -17,7 +17,7 @@ from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.inference.plan import compile_step
 from llama2_jax.mesh import BATCH_AXES, MeshConfig, decoding_mesh, make_mesh
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.planning import aot
 from llama2_jax.planning.cost import read_program
 from llama2_jax.rl import plan as ppo_plan
@@ -33,7 +33,7 @@ def config(model, batch_size, length, remat='none', **mesh):
     return pretrain.PretrainConfig(
         model=model,
         data=DataConfig(mixture='toy:documents'),
-        compute=Compute(remat=remat),
+        compute=ComputeConfig(remat=remat),
         mesh=MeshConfig(**mesh),
         batch_size=batch_size,
         length=length,
@@ -238,7 +238,7 @@ def test_a_plan_of_ppo_here():
 @pytest.mark.slow
 def test_ppo_of_the_largest_model_fits():
     """Everything resident together, with the paper's batch, in less time than the paper's 330 s an iteration (p16)."""
-    some = PPOConfig(init_from='70b', compute=Compute(remat='full'), mesh=MeshConfig(fsdp=64, tensor=-1), decode_batch=512)
+    some = PPOConfig(init_from='70b', compute=ComputeConfig(remat='full'), mesh=MeshConfig(fsdp=64, tensor=-1), decode_batch=512)
     plan = ppo_plan.dry_run(some, 'v5p:8x8x8')
     learners = 12 * MODELS['70b'].parameters / 512
     assert plan.held['policy and optimizer'] == pytest.approx(learners, rel=0.01) and plan.peak < 20e9

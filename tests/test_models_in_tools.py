@@ -14,12 +14,12 @@ from llama2_jax.checkpoints.fingerprint import identity
 from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import UserError
 from llama2_jax.data.pretrain import DataConfig
-from llama2_jax.evals.ask import Asker
+from llama2_jax.evals.prompter import Prompter
 from llama2_jax.evals.task import Decoding, Example, Task, best
 from llama2_jax.inference.open import open_engine
 from llama2_jax.stages import evaluate, generate, pairwise, pretrain
 from llama2_jax.stages.evaluate import EvaluateConfig
-from llama2_jax.stages.pairwise import VersusConfig
+from llama2_jax.stages.pairwise import PairwiseConfig
 from llama2_jax.text import template
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.template import PromptFormat
@@ -69,10 +69,10 @@ def test_each_tool_asks_in_the_models_own_format(form, prompts, home, tmp_path, 
     rows = tmp_path / 'rows.jsonl'
     rows.write_text(json.dumps({'prompt': QUESTION}))
     generate.run(engine, str(rows), tmp_path / 'a.jsonl', SETTINGS, {})
-    given = VersusConfig(str(path), '', str(rows), 'toy', str(tmp_path), max_new_tokens=2)
+    given = PairwiseConfig(str(path), '', str(rows), 'toy', str(tmp_path), max_new_tokens=2)
     pairwise.answer(given, str(path), rows, tmp_path / 'b')
     assert asked == [ids, ids]
-    request = Asker(engine, engine.tokenizer.prompts.chat)._request(
+    request = Prompter(engine, engine.tokenizer.prompts.chat)._request(
         Task('t', None, None, '', decoding=Decoding(2)), 0, Example('', QUESTION)
     )
     assert list(request.token_ids) == ids
@@ -95,7 +95,7 @@ def test_an_evaluation_is_not_continued_by_another_model(finished, home, tmp_pat
     task = Task('letters', lambda files, shots: examples, best, '')
     config = EvaluateConfig(str(home / 'policy'), (), str(tmp_path), '')
 
-    class Stopped(Asker):
+    class Stopped(Prompter):
         def ask(self, task, examples):
             for number, output in enumerate(super().ask(task, examples)):
                 if number == 2 and not finished:

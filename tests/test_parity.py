@@ -13,7 +13,7 @@ from huggingface import from_theirs, random_pair, to_theirs
 from llama2_jax.config import ModelConfig
 from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
 
@@ -35,7 +35,7 @@ def test_logits_loss_and_gradients(config, remat):
     labels = torch.tensor(tokens).long()
     answer = theirs(labels, labels=labels)
     answer.loss.backward()
-    compute = dataclasses.replace(Compute().on('cpu'), remat=remat)
+    compute = dataclasses.replace(ComputeConfig().on('cpu'), remat=remat)
 
     def loss(model):
         hidden_BLD = model(tokens[:, :-1], compute=compute)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llama2_jax.config import ModelConfig
 from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.mesh import MeshConfig, make_mesh, reshard, shard_batch
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.ops.attention import attention
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
@@ -63,7 +63,7 @@ def mesh_of(config):
 @cache
 def first_state():
     """Made without a mesh."""
-    _, init, _ = pretrain.build(CONFIG, Compute().on('cpu'))
+    _, init, _ = pretrain.build(CONFIG, ComputeConfig().on('cpu'))
     return jax.tree.map(np.asarray, init())
 
 
@@ -123,7 +123,7 @@ def test_single_device_run_is_sensible():
 
 def test_first_state_is_that_of_one_device():
     with mesh_of(MeshConfig(replica=1, fsdp=2, sequence=2, tensor=2)):
-        _, init, _ = pretrain.build(CONFIG, Compute().on('cpu'))
+        _, init, _ = pretrain.build(CONFIG, ComputeConfig().on('cpu'))
         state = compiled(init)()
         for parameter, *moments in zip(*map(jax.tree.leaves, (state.params, *moments_of(state))), strict=True):
             assert all(moment.sharding == parameter.sharding for moment in moments)
@@ -154,7 +154,7 @@ def test_packed_documents_do_not_see_each_other(mesh):
     alone = np.concatenate([forward(model, document[None].astype(np.int32))[0] for document in documents])
     with mesh_of(mesh):
         if mesh:
-            abstract, _, _ = pretrain.build(CONFIG, Compute().on('cpu'))
+            abstract, _, _ = pretrain.build(CONFIG, ComputeConfig().on('cpu'))
             model = place(model, abstract.params, jax.sharding.get_mesh())
             packed, segments = (reshard(jnp.asarray(array), 'BL') for array in (packed, segments))
         together = np.asarray(forward(model, packed, segments))

@@ -11,7 +11,7 @@ from programs import COVERED, DECODING, EXEMPT, PROGRAMS, Target, lower, on_mesh
 from llama2_jax.planning import aot
 
 ROOT = Path(__file__).parents[1]
-WITHOUT_ATTENTION = ('_init', 'first_', 'merge', 'in_eight_bits')
+WITHOUT_ATTENTION = ('_init', 'first_', 'merge', 'to_int8')
 ATTENDING = {name for name in set(PROGRAMS) - DECODING if not any(part in name for part in WITHOUT_ATTENTION)}
 WIDE = ('pretrain_step', 'lora_int8_step', 'score_long_rows', 'decode_tokens', 'likelihood_read')  # more take too long
 CHEAP = ('score_short_rows', 'reward_heldout')  # in the default suite

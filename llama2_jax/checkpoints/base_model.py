@@ -8,15 +8,15 @@ from jax.sharding import Mesh, NamedSharding
 from llama2_jax.checkpoints.load import load_model
 from llama2_jax.mesh import MeshConfig, make_mesh
 from llama2_jax.model.llama import Llama
-from llama2_jax.model.lora import Adapters, LoraConfig, in_eight_bits, merge
+from llama2_jax.model.lora import Adapters, LoraConfig, merge, to_int8
 
 
-def load_frozen(path: str, lora: LoraConfig, dtype: str, context: int, mesh: Mesh) -> Llama:
+def load_base_model(path: str, lora: LoraConfig, dtype: str, context: int, mesh: Mesh) -> Llama:
     """The model on the mesh that is set; it is rounded on the host, and only the result moves."""
     if not lora.int8:
         return load_model(path, dtype, context)[0]
     with jax.set_mesh(_host_mesh()):
-        rounded = in_eight_bits(load_model(path, dtype, context)[0])
+        rounded = to_int8(load_model(path, dtype, context)[0])
     return _moved(rounded, mesh)
 
 

@@ -25,7 +25,7 @@ from llama2_jax.checkpoints.source import (
 )
 from llama2_jax.config import ModelConfig, UserError, from_dict, nearest, shown
 from llama2_jax.files import check_name, check_regular, is_remote, locate, read_into, read_json, size_of, write
-from llama2_jax.model.llama import Trunk
+from llama2_jax.model.llama import Transformer
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.text.template import SPACES, PromptFormat
 from llama2_jax.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ CHAT_STAGES = ('sft', 'reward', 'rejection', 'ppo', 'ghost', 'distill')  # of mo
 
 
 def save_model(
-    directory: str | os.PathLike, model: Trunk, tokenizer: Tokenizer, provenance: dict[str, Any], chat: bool = False
+    directory: str | os.PathLike, model: Transformer, tokenizer: Tokenizer, provenance: dict[str, Any], chat: bool = False
 ) -> None:
     """Writes a model directory, whole or not at all, in place of what is there; every process calls it.
 

@@ -23,7 +23,7 @@ from llama2_jax.files import bucket_errors, locate, matching, open_file, read_js
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
 from llama2_jax.model.reward import ScoreModel
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import load_params, on_mesh
 
@@ -172,7 +172,7 @@ def announced(source: Source) -> Tokenizer:
     """`tokenizer_of` a model that is about to be read; prints how it is read."""
     tokenizer = tokenizer_of(source)
     for note in source.notes:
-        say(note)
+        log(note)
     return tokenizer
 
 

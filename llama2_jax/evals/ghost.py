@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llama2_jax.config import UserError
 from llama2_jax.data.instructions import Instruction
-from llama2_jax.evals.talk import hold
+from llama2_jax.evals.multi_turn import multi_turn_rollout
 from llama2_jax.inference.engine import Engine
 from llama2_jax.toy import instructions as toy
 
@@ -57,7 +57,7 @@ def obeyed(engine: Engine, talks: Sequence[Talk], grader: Grader, max_new_tokens
     Answers are greedy, and the model goes on from its own; after one that nothing can follow all others count as failed.
     """
     systems, questions = [talk.system for talk in talks], [talk.questions for talk in talks]
-    held = hold(engine, questions, systems, temperature=0.0, max_new_tokens=max_new_tokens)
+    held = multi_turn_rollout(engine, questions, systems, temperature=0.0, max_new_tokens=max_new_tokens)
     good = [
         [all(grader(instruction, answer['content']) for instruction in talk.instructions) for answer in answers]
         for talk, answers in zip(talks, held, strict=True)

@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llama2_jax.evals import sandbox
-from llama2_jax.evals.ask import encode_pairs
 from llama2_jax.evals.files import Files, Missing
+from llama2_jax.evals.prompter import encode_pairs
 from llama2_jax.evals.safety import HOME, RefusalClassifier, ToxicityClassifier, read_labelled, sentiments
 from llama2_jax.inference.open import open_engine, open_scorer
-from llama2_jax.runtime import is_main_process, say
+from llama2_jax.runtime import is_main_process, log
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.tokenizer import Tokenizer
 
@@ -45,9 +45,9 @@ def make_helpers(data_dir: str, run_generated_code: bool, toxicity: str, judges:
     helpers: dict[str, Helper] = {}
     if run_generated_code:
         helpers['program'] = run_programs
-        say('Programs that the model writes are run, in a sandbox.')
+        log('Programs that the model writes are run, in a sandbox.')
         for weakness in sandbox.weaknesses():
-            say(f'Warning: {weakness}.')
+            log(f'Warning: {weakness}.')
     with contextlib.suppress(Missing):
         helpers['refuses'] = RefusalClassifier(*read_labelled(Files(data_dir)))
     if importlib.util.find_spec('vaderSentiment'):

@@ -9,8 +9,8 @@ import jax
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.pretrain import Batch, PretrainData
 from llama2_jax.inference.engine import Engine, Request
-from llama2_jax.model.llama import Compute
-from llama2_jax.runtime import say
+from llama2_jax.model.llama import ComputeConfig
+from llama2_jax.runtime import log
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.step import State
 
@@ -24,7 +24,7 @@ def make_evaluate(data: PretrainData, loss_and_tokens: LossAndTokens, batches: i
     """
     sources = [(index, source) for index, source in enumerate(data.sources) if source.heldout_tokens]
     if not sources:
-        say('Nothing is held out: the sources are too small.')
+        log('Nothing is held out: the sources are too small.')
         return None
 
     def evaluate(state: State) -> dict[str, float]:
@@ -45,7 +45,9 @@ def make_evaluate(data: PretrainData, loss_and_tokens: LossAndTokens, batches: i
     return evaluate
 
 
-def make_sample(prompts: tuple[str, ...], config: ModelConfig, compute: Compute, tokenizer: Tokenizer) -> Callable[[State], str]:
+def make_sample(
+    prompts: tuple[str, ...], config: ModelConfig, compute: ComputeConfig, tokenizer: Tokenizer
+) -> Callable[[State], str]:
     """A function that continues the prompts, as Markdown.
 
     Raises:

@@ -90,7 +90,7 @@ class Progress(NamedTuple):
     recent: Cache  # the columns' keys and values, which are not in the cache yet
 
 
-def lay_out(model: Llama, mesh: Mesh, dtype: str, int8: bool = False) -> Weights:
+def shard_for_decoding(model: Llama, mesh: Mesh, dtype: str, int8: bool = False) -> Weights:
     """Casts a model and moves it to where it decodes, parameter by parameter, from any mesh or the host.
 
     Args:
@@ -112,7 +112,7 @@ def lay_out(model: Llama, mesh: Mesh, dtype: str, int8: bool = False) -> Weights
 def read_weights(
     config: ModelConfig, read: Callable[[str, int | None], np.ndarray], mesh: Mesh, dtype: str, int8: bool = False
 ) -> Weights:
-    """`lay_out` of a model that is not in memory: a layer's parameter is read, cast, moved and rounded before the next is read.
+    """`shard_for_decoding` of a model that is not in memory: reads, casts, moves and rounds one parameter after the other.
 
     Args:
       read: gives a parameter, or that of a layer, by its name.
@@ -133,7 +133,7 @@ def read_weights(
 
 
 def abstract_weights(config: ModelConfig, dtype: str, int8: bool = False) -> Weights:
-    """Shapes, dtypes and shardings of `lay_out` on the mesh for decoding that is set."""
+    """Shapes, dtypes and shardings of `shard_for_decoding` on the mesh for decoding that is set."""
 
     def shape(name: str, array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(lambda x: _finish(x.astype(dtype), name, int8), array)
@@ -214,7 +214,7 @@ def prefill(
     L = tokens_BL.shape[1]
     start_B, slot_R, start_R, used_R = reshard(start_R, 'B'), *(reshard(x, 'R') for x in (slot_R, start_R, used_R))
     causal_LL = jnp.tril(jnp.ones((L, L), bool))
-    x_BLD, rope = begin(weights, tokens_BL, start_B[:, None] + jnp.arange(L)[None], cache)
+    x_BLD, rope = embed_inputs(weights, tokens_BL, start_B[:, None] + jnp.arange(L)[None], cache)
     longer = []
     for block, cached in zip(weights.blocks, cache, strict=True):
 
@@ -249,7 +249,9 @@ def decode(
     def unfinished(progress: Progress) -> jax.Array:
         return (progress.column < steps) & (jnp.sum(progress.done_B & rows.live_B) < quota)
 
-    progress = jax.lax.while_loop(unfinished, partial(decode_token, weights, cache, rows, uniform(rows)), beginning(cache, rows))
+    progress = jax.lax.while_loop(
+        unfinished, partial(decode_token, weights, cache, rows, uniform(rows)), first_progress(cache, rows)
+    )
     return progress.recent, *(replicate(x) for x in (progress.tokens_BL, progress.logprobs_BL, progress.count_B))
 
 
@@ -281,7 +283,7 @@ def programs(device: jax.Device) -> tuple[Callable, Callable]:
     )
 
 
-def beginning(cache: Cache, rows: Rows) -> Progress:
+def first_progress(cache: Cache, rows: Rows) -> Progress:
     """No token drawn yet."""
     drawn_BL = (rows.token_B.shape[0], CHUNK)
     recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], CHUNK, x.shape[3]), x.dtype, out_sharding=spec('RGLK')), cache)
@@ -311,7 +313,7 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, uniform_BL: jax.Arr
     column, length_R = progress.column, reshard(rows.length_B, 'R')
     positions_BL = reshard(rows.length_B, 'B')[:, None] + column
     visible_LL = (jnp.arange(CHUNK) <= column)[None]
-    x_BLD, rope = begin(weights, progress.token_B[:, None], positions_BL, cache)
+    x_BLD, rope = embed_inputs(weights, progress.token_B[:, None], positions_BL, cache)
     recent = []
     for block, cached, before in zip(weights.blocks, cache, progress.recent, strict=True):
 
@@ -338,7 +340,7 @@ def decode_token(weights: Weights, cache: Cache, rows: Rows, uniform_BL: jax.Arr
     )
 
 
-def begin(weights: Weights, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache) -> tuple[jax.Array, Rope]:
+def embed_inputs(weights: Weights, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache) -> tuple[jax.Array, Rope]:
     """Embedded tokens in the compute dtype, and the rotations of their positions."""
     rope = rope_table(positions_BL, weights.config.head_dim, weights.config.rope_theta)
     return embed(weights.table_VD, reshard(tokens_BL, 'BL'), cache[0][0].dtype.name), rope

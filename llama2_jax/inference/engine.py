@@ -20,7 +20,7 @@ from llama2_jax.config import SEED, Config, UserError, between
 from llama2_jax.inference import decode, likelihood
 from llama2_jax.inference.slots import Slots, shards
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.text.tokenizer import Tokenizer
 
 REFILL = 8  # of the rows, one in so many must be done before their places are filled again
@@ -119,7 +119,7 @@ class Engine:
     ):
         self.config, self.tokenizer = model.config, tokenizer
         self._mesh, self._int8 = mesh or decoding_mesh(model.config), int8
-        self._dtype = dtype or Compute().on(self._mesh.devices.flat[0].platform).dtype
+        self._dtype = dtype or ComputeConfig().on(self._mesh.devices.flat[0].platform).dtype
         self._batch_size = max(batch_size, shards(self._mesh))
         self._busy = False
         self.load(model)
@@ -127,7 +127,7 @@ class Engine:
     def load(self, model: Llama | decode.Weights) -> None:
         """Takes the parameters of another model of the same shape: those of the latest policy, say."""
         laid_out = isinstance(model, decode.Weights)
-        self._weights = model if laid_out else decode.lay_out(model, self._mesh, self._dtype, self._int8)
+        self._weights = model if laid_out else decode.shard_for_decoding(model, self._mesh, self._dtype, self._int8)
         self._slots: Slots | None = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[list[Sample]]:

@@ -50,7 +50,7 @@ def read_packed(weights: decode.Weights, cache: decode.Cache, packed: Packed, le
     """Hidden states [B, L, D] after the final norm; `length_R`: how much of the cache a row sees. The cache stays as it is."""
     visible_RLL = _visible(reshard(packed.question_BL, 'RL'), reshard(packed.branch_BL, 'RL'))
     length_R = reshard(length_R, 'R')
-    x_BLD, rope = decode.begin(weights, packed.tokens_BL, reshard(packed.positions_BL, 'BL'), cache)
+    x_BLD, rope = decode.embed_inputs(weights, packed.tokens_BL, reshard(packed.positions_BL, 'BL'), cache)
     for block, cached in zip(weights.blocks, cache, strict=True):
 
         def attend(q_BLHK, k_BLGK, v_BLGK, cached=cached):
@@ -146,7 +146,7 @@ def log_likelihoods(slots: Slots, device: jax.Device, questions: Iterable[Sequen
     trees = sorted((_Tree(index, choices) for index, choices in enumerate(questions)), key=lambda tree: tree.trunk.tolist())
     for batch, held in _batches(trees, len(slots.held)):
         slots.hold(held)
-        packed, targets = _lay_out(batch, len(held), len(slots.held))
+        packed, targets = _pack_rows(batch, len(held), len(slots.held))
         x_BLD = slots.run(read, packed, np.full(len(slots.held), len(held), np.int32))
         sums = [[0.0] * len(tree.sequences) for tree in batch]
         for asked, owners in _rounds(targets):
@@ -182,7 +182,7 @@ def _places(sizes: Sequence[int], rows: int, length: int) -> list[tuple[int, int
     return places
 
 
-def _lay_out(batch, held, rows):
+def _pack_rows(batch, held, rows):
     """The packed rows, and for every row its targets: (place, token, number in the batch, choice)."""
     sizes = [tree.size(held) for tree in batch]
     lengths = itertools.chain(range(STEP, LENGTH, STEP), (LENGTH << n for n in itertools.count()))

@@ -14,8 +14,8 @@ from llama2_jax.inference import decode
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.scorer import Scorer
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
-from llama2_jax.model.llama import Compute
-from llama2_jax.runtime import say
+from llama2_jax.model.llama import ComputeConfig
+from llama2_jax.runtime import log
 from llama2_jax.text.template import PromptFormat
 
 
@@ -31,7 +31,7 @@ def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False, own
     """
     source = open_language_model(model)
     mesh = decoding_mesh(source.config)
-    dtype = Compute().on(mesh.devices.flat[0].platform).dtype
+    dtype = ComputeConfig().on(mesh.devices.flat[0].platform).dtype
     if int8:  # there may be room for the rounded model only
         tokenizer = announced(source)
         with bucket_errors(model):
@@ -46,7 +46,7 @@ def open_engine(model: str | Path, batch_size: int = 32, int8: bool = False, own
 def note_llama2(model: str | Path, prompts: PromptFormat) -> PromptFormat:
     """LLaMA 2's format, in place of a model's own template; says so where that makes a difference."""
     if prompts.template:
-        say(f"{model} has a chat template of its own; what is trained here follows LLaMA 2's chat format.")
+        log(f"{model} has a chat template of its own; what is trained here follows LLaMA 2's chat format.")
     return dataclasses.replace(prompts, template='')
 
 
@@ -58,7 +58,7 @@ def open_scorer(model: str | Path, batch_size: int = 32) -> Scorer:
     """
     mesh = make_mesh(MeshConfig())
     with _room(mesh):
-        parameters, tokenizer = load_score_model(model, dtype=Compute().on(mesh.devices.flat[0].platform).dtype)
+        parameters, tokenizer = load_score_model(model, dtype=ComputeConfig().on(mesh.devices.flat[0].platform).dtype)
     shift = open_model(model).provenance.get('scores', {}).get('shift', 0.0)
     return Scorer(parameters, tokenizer, mesh=mesh, batch_size=batch_size, shift=shift)
 

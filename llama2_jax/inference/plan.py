@@ -9,7 +9,7 @@ from llama2_jax.checkpoints.load import shape_of
 from llama2_jax.config import ModelConfig
 from llama2_jax.inference import decode
 from llama2_jax.mesh import decoding_mesh
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.planning import aot
 
 
@@ -40,13 +40,13 @@ def dry_run(model: str, topology: str | None, batch_size: int, length: int, int8
 def compile_step(config: ModelConfig, mesh: Mesh, batch_size: int, length: int, int8: bool) -> tuple[aot.Report, float]:
     """The report on one step, and the seconds in which a chip's memory gives its weights and cache once (0 if unknown)."""
     device = mesh.devices.flat[0]
-    dtype = Compute().on(device.platform).dtype
+    dtype = ComputeConfig().on(device.platform).dtype
     with jax.set_mesh(mesh):
         weights = decode.abstract_weights(config, dtype, int8)
         cache = jax.eval_shape(lambda: decode.empty_cache(config, batch_size, length, dtype))
         rows = decode.abstract_rows(batch_size)
         uniform = jax.eval_shape(decode.uniform, rows)
-        progress = jax.eval_shape(decode.beginning, cache, rows)
+        progress = jax.eval_shape(decode.first_progress, cache, rows)
         step = jax.jit(lambda given, progress: decode.decode_token(*given, progress), donate_argnums=1)
         options = decode.compiler_options(device)
         compiled = aot.compile_step(step, (weights, cache, rows, uniform), progress, mesh, options)

@@ -20,7 +20,7 @@ from llama2_jax.mesh import (
     replicate,
     reshard,
 )
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.model.reward import ScoreModel, scores_at
 from llama2_jax.text.tokenizer import Tokenizer
 
@@ -54,11 +54,11 @@ class Scorer:
     ):
         self.config, self.tokenizer, self.shift = model.config, tokenizer, shift
         self._mesh = mesh or make_mesh(MeshConfig())
-        compute = Compute().on(self._mesh.devices.flat[0].platform)
-        self._compute = Compute(dtype or compute.dtype, 'none', compute.attention)
+        compute = ComputeConfig().on(self._mesh.devices.flat[0].platform)
+        self._compute = ComputeConfig(dtype or compute.dtype, 'none', compute.attention)
         shards = int(np.prod([self._mesh.shape[axis] for axis in BATCH_AXES]))
         self._batch_size = -(-batch_size // shards) * shards
-        self._model = self._lay_out(model)
+        self._model = self._pack_rows(model)
         self._score = scoring(self._compute)
 
     def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -96,7 +96,7 @@ class Scorer:
         sharding = NamedSharding(self._mesh, P(BATCH_AXES))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    def _lay_out(self, model: ScoreModel) -> ScoreModel:
+    def _pack_rows(self, model: ScoreModel) -> ScoreModel:
         """The parameters in the compute dtype, cut over the mesh; the head stays in float32."""
 
         def move(path, leaf):
@@ -109,7 +109,7 @@ class Scorer:
         return jax.tree_util.tree_map_with_path(move, model)
 
 
-def scoring(compute: Compute) -> Callable[[ScoreModel, jax.Array, jax.Array], jax.Array]:
+def scoring(compute: ComputeConfig) -> Callable[[ScoreModel, jax.Array, jax.Array], jax.Array]:
     """The compiled function (model, tokens [B, L], index of each row's last token [B]) -> scores [B] on every device."""
 
     @jax.jit

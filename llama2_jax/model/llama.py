@@ -33,7 +33,7 @@ Rope = tuple[jax.Array, jax.Array]  # cosines and sines, [L, K/2] or [B, L, K/2]
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
     """How the forward pass is computed; none of it changes what is computed.
 
     Attributes:
@@ -55,21 +55,21 @@ class Compute:
                         f'remat {self.remat!r} is not none, full, offload or names joined by +; {nearest(name, KEPT)}'
                     )
 
-    def on(self, platform: str) -> 'Compute':
+    def on(self, platform: str) -> 'ComputeConfig':
         """With nothing left to choose, for 'cpu', 'gpu' or 'tpu'."""
         dtype = ('float32' if platform == 'cpu' else 'bfloat16') if self.dtype == 'auto' else self.dtype
         kernel = implementation_for(platform) if self.attention == 'auto' else self.attention
-        return Compute(dtype, self.remat, kernel)
+        return ComputeConfig(dtype, self.remat, kernel)
 
     @property
     def kernel(self) -> Implementation:
         """The attention kernel; only `on` resolves 'auto'."""
         if self.attention == 'auto':
-            raise ValueError('Compute.on(platform) must choose the attention kernel first.')
+            raise ValueError('ComputeConfig.on(platform) must choose the attention kernel first.')
         return self.attention
 
 
-CPU = Compute().on('cpu')
+CPU = ComputeConfig().on('cpu')
 
 
 def normal(key: jax.Array, name: str, shape: tuple[int, ...], fan_in: int, depth: int = 0) -> nnx.Param:
@@ -138,7 +138,7 @@ class Block(nnx.Module):
         return linear('BLF,DF->BLD', hidden_BLF, self.w_down_DF[...])
 
 
-class Trunk(nnx.Module):
+class Transformer(nnx.Module):
     """Embedding, N equal layers held as one stacked `Block`, final norm (recipe A.3): all but a head."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -149,7 +149,7 @@ class Trunk(nnx.Module):
         self.blocks = jax.vmap(partial(Block, config))(jax.random.split(blocks, config.layers))
         self.norm_D = ones(D)
 
-    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = CPU) -> jax.Array:
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: ComputeConfig = CPU) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
@@ -173,7 +173,7 @@ class Trunk(nnx.Module):
         return rms_norm(x_BLD, self.norm_D[...], self.config.norm_eps)
 
 
-class Llama(Trunk):
+class Llama(Transformer):
     """The language model: the trunk, and an output embedding of its own."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):

@@ -97,7 +97,7 @@ def with_adapters(base_model: Llama | None, params: Llama | Adapters, lora: Lora
 
 
 @jax.jit
-def in_eight_bits(model: Llama) -> Llama:
+def to_int8(model: Llama) -> Llama:
     """The model with the matrices of its layers rounded, one layer after the other, as there is no room for all in float32."""
 
     def of(path, stack):

@@ -8,18 +8,18 @@ from flax import nnx
 
 from llama2_jax.config import ModelConfig
 from llama2_jax.mesh import parameter_name, reshard
-from llama2_jax.model.llama import CPU, Compute, Trunk
+from llama2_jax.model.llama import CPU, ComputeConfig, Transformer
 
 
-class ScoreModel(Trunk):
+class ScoreModel(Transformer):
     """The trunk, and a linear head without bias."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         super().__init__(config, key)
         self.score_D = nnx.Param(new_head(config, key))
 
-    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: Compute = CPU) -> jax.Array:
-        """The score at every position, [B, L] float32, of what was read up to there; arguments as of `Trunk`."""
+    def __call__(self, tokens_BL: jax.Array, segments_BL: jax.Array | None = None, compute: ComputeConfig = CPU) -> jax.Array:
+        """The score at every position, [B, L] float32, of what was read up to there; arguments as of `Transformer`."""
         x_BLD = super().__call__(tokens_BL, segments_BL, compute).astype(jnp.float32)
         # Not as a matrix product, whose inputs accelerators would round.
         return jnp.sum(x_BLD * self.score_D[...].astype(jnp.float32)[None, None], axis=-1)
@@ -35,7 +35,7 @@ def new_head(config: ModelConfig, key: jax.Array) -> jax.Array:
     return (config.dim + 1) ** -0.5 * jax.random.normal(head, (config.dim,), jnp.float32)
 
 
-def with_score(model: Trunk, key: jax.Array) -> ScoreModel:
+def with_score(model: Transformer, key: jax.Array) -> ScoreModel:
     """The trunk of another model, such as the chat model that a reward model begins with, under a new head."""
     given = {parameter_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     given['score_D'] = new_head(model.config, key).astype(given['norm_D'].dtype)

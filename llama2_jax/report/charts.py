@@ -23,7 +23,7 @@ class Series:
     labels: Sequence[str] = ()
 
 
-def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+def downsample(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
     """At most so many of the points, the first and the last among them."""
     if len(points) <= most:
         return list(points)
@@ -91,7 +91,7 @@ def chart(title: str, series: Sequence[Series], x: str = 'step', square: tuple[f
         parts.append(f'<path class="diagonal" d="M{at((low, low))} L{at((high, high))}"/>')
     colour, legend, data = 0, [], []
     for each in series:
-        points, style = thin(each.points), f'c{colour % COLOURS}' + (' again' if colour >= COLOURS else '')
+        points, style = downsample(each.points), f'c{colour % COLOURS}' + (' again' if colour >= COLOURS else '')
         if not each.dots:
             parts.append(f'<path class="line {style}{" faint" if each.faint else ""}" d="M{" L".join(map(at, points))}"/>')
         if each.dots or len(points) <= 12:

@@ -14,7 +14,7 @@ from llama2_jax.files import is_remote, write_atomically
 from llama2_jax.report import markdown
 from llama2_jax.report.curves import by_count, calibration, curves, plane
 from llama2_jax.report.runs import Run, answers, find_runs, sections
-from llama2_jax.runtime.workdir import no_space_is_said
+from llama2_jax.runtime.workdir import report_disk_full
 from llama2_jax.text.printable import printable
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -38,7 +38,7 @@ def write_report(workdir: str, output: str = '') -> Path:
     path = Path(output) if output else root / 'report.html'
     text = page(root.absolute().name, find_runs(root))
     try:
-        with no_space_is_said(path):
+        with report_disk_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, printable(text))
     except OSError as error:

@@ -21,13 +21,13 @@ from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, bet
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, different, read_prompt
 from llama2_jax.data.sources import read_records
-from llama2_jax.evals.talk import usable
+from llama2_jax.evals.multi_turn import usable
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl.rollout import sample_answers
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.jsonl import add_rows, resume_rows
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.toy import preferences
@@ -82,13 +82,13 @@ def run(config: CollectConfig, workdir: str) -> None:
     record_inputs(path, models | made_from.of_sources('prompts', [config.prompts]), begun)
     rows = sample(config, path / 'answers.jsonl')
     compared = sum(len(row['answers']) > 1 for row in rows)
-    say(f'{path / "answers.jsonl"}: {len(rows):,} prompts, {compared:,} of them with answers that differ.')
+    log(f'{path / "answers.jsonl"}: {len(rows):,} prompts, {compared:,} of them with answers that differ.')
     if config.raters != 'people':
         rated = rate(rows, config.raters, config.seed)
         if is_main_process():
             write_atomically(path / 'preferences.jsonl', ''.join(json.dumps(row) + '\n' for row in rated))
         barrier('preferences written')
-        say(f'{path / "preferences.jsonl"}: {len(rated):,} pairs.')
+        log(f'{path / "preferences.jsonl"}: {len(rated):,} pairs.')
 
 
 def sample(config: CollectConfig, path: Path) -> list[dict[str, Any]]:

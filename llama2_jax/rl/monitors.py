@@ -21,7 +21,7 @@ from llama2_jax.files import save_figure
 from llama2_jax.inference.open import open_scorer
 from llama2_jax.ops import returns
 from llama2_jax.rl.rollout import Rollout, by_oracle
-from llama2_jax.runtime import is_main_process, say
+from llama2_jax.runtime import is_main_process, log
 from llama2_jax.toy.oracle import Oracle
 
 Judge = Callable[[Sequence[Rollout]], list[float]]
@@ -201,7 +201,7 @@ def show_result(lines: Lines, path: Path) -> None:
     best = best_evaluation(lines)
     if best:
         score = f'held-out score {best["heldout/score"]:.4f}'
-        say(f'The model of iteration {best["step"]}, {score}, is in {path / "model"}.')
+        log(f'The model of iteration {best["step"]}, {score}, is in {path / "model"}.')
     if is_main_process():
         plot(lines, path / 'reward_kl.png')
 

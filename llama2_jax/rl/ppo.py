@@ -28,15 +28,15 @@ from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
-from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, with_adapters
 from llama2_jax.model.reward import ScoreModel, zero_head
 from llama2_jax.ops import returns
 from llama2_jax.rl import monitors, rollout
 from llama2_jax.rl.rollout import Rewards, RewardsConfig, Rollout
-from llama2_jax.runtime import barrier, compiler_options, say
+from llama2_jax.runtime import barrier, compiler_options, log
 from llama2_jax.runtime.hosts import Watch
-from llama2_jax.runtime.workdir import no_space_is_said, open_run, record_inputs
+from llama2_jax.runtime.workdir import open_run, record_inputs, report_disk_full
 from llama2_jax.train.checkpoint import Checkpoints
 from llama2_jax.train.devices import check_mesh, describe_mesh, to_mesh
 from llama2_jax.train.loop import Interruption, leave
@@ -88,7 +88,7 @@ class PPOConfig(Config):
     prompts: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig(peak_lr=1e-6, final_lr=1.0, warmup_steps=0)
     value_optimizer: OptimizerConfig = OptimizerConfig(peak_lr=9e-6, final_lr=1.0, warmup_steps=0)
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = resumable(MeshConfig())
     lora: LoraConfig = LoraConfig()
     iterations: int = between(400, 1, resumable='alone')
@@ -157,7 +157,7 @@ class Programs(NamedTuple):
     update: Callable
 
 
-def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: Compute) -> Programs:
+def build(config: PPOConfig, model: ModelConfig, value: ModelConfig, compute: ComputeConfig) -> Programs:
     """The programs for the shapes of policy and value model; a mesh must be set."""
     steps = config.iterations * config.updates
     optimizers = [make_optimizer(optimizer, steps) for optimizer in (config.optimizer, config.value_optimizer)]
@@ -184,12 +184,12 @@ def policy_model(config: PPOConfig, params: Llama | Adapters, reference: Llama) 
     return with_adapters(reference if config.lora.rank else None, params, config.lora)
 
 
-def log_probs(config: PPOConfig, compute: Compute, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def log_probs(config: PPOConfig, compute: ComputeConfig, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The log-probability of each target and the entropy there, both [b, L], at the temperature of sampling."""
     return model.log_probs(model(batch['inputs'], None, compute), batch['targets'], config.temperature)
 
 
-def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
+def make_prepare(config: PPOConfig, compute: ComputeConfig) -> Callable:
     """The function that turns a batch of answers into minibatches with advantages.
 
     Old log-probabilities come from the forward pass that `update` differentiates, not from the engine, so the first ratio is 1
@@ -239,7 +239,7 @@ def make_prepare(config: PPOConfig, compute: Compute) -> Callable:
     return prepare
 
 
-def make_update(config: PPOConfig, compute: Compute, optimizers: Sequence[optax.GradientTransformation]) -> Callable:
+def make_update(config: PPOConfig, compute: ComputeConfig, optimizers: Sequence[optax.GradientTransformation]) -> Callable:
     """The function that takes one step of policy and value model. Losses are means over the answers' tokens of the minibatch."""
 
     def update(learners: Learners, given: tuple[Llama, Batch]) -> tuple[Learners, dict[str, jax.Array]]:
@@ -309,7 +309,7 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     compute = config.compute.on(jax.default_backend())
     rewards = rollout.open_rewards(config.rewards, tokenizer)
     reference, _ = load_model(config.init_from, compute.dtype)
-    say(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
+    log(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
     return Stage(
         config, path, mesh, data,
         engine=Engine(reference, tokenizer, batch_size=config.decode_batch, dtype=compute.dtype),
@@ -329,7 +329,7 @@ def check_shapes(config: PPOConfig, model: ModelConfig, value: ModelConfig, mesh
         check_mesh(mesh, shape, config.minibatch_size, 1, config.length)
 
 
-def begin(stage: Stage) -> Learners:
+def initial_learners(stage: Stage) -> Learners:
     """Learners before the first step: the policy is the reference; the value model is the reward model's trunk, its head zero."""
     config = stage.config
     if config.lora.rank:
@@ -413,21 +413,21 @@ def run(config: PPOConfig, workdir: str) -> Learners:
     """
     stage = open_stage(config, workdir)
     path, checkpoints = stage.path, Checkpoints(stage.path / 'checkpoints', keep_last=KEPT, keep_best=False)
-    with Watch() as watch, no_space_is_said(path), checkpoints:
-        learners, saved = checkpoints.restore(stage.programs.abstract) or (begin(stage), {})
+    with Watch() as watch, report_disk_full(path), checkpoints:
+        learners, saved = checkpoints.restore(stage.programs.abstract) or (initial_learners(stage), {})
         beta, progress = saved.get('beta', config.beta), Progress(**saved.get('progress', {}))
         meter = Meter(0, None)
         with Interruption() as interruption, Report(path, progress, meter, config.iterations, HEADLINE) as report:
             barrier('metrics cut')
             lines = read_metrics(path / 'metrics.jsonl')
             if progress.step:
-                report.say(f'Continuing from the checkpoint of iteration {progress.step}.')
+                report.log(f'Continuing from the checkpoint of iteration {progress.step}.')
             if not lines:
                 lines.append({'step': 0} | evaluate(stage, learners, 0, lines, report))
                 report.write(lines[0])
             for number in range(progress.step + 1, config.iterations + 1):
                 if monitors.out_of_patience(lines, config.patience):
-                    report.say(f'The held-out score has not risen for {config.patience} evaluations.')
+                    report.log(f'The held-out score has not risen for {config.patience} evaluations.')
                     break
                 watch.at(number)
                 learners, line = iterate(stage, learners, beta, number)
@@ -437,7 +437,7 @@ def run(config: PPOConfig, workdir: str) -> Learners:
                 line = report.count(number, int(line['length'] * config.batch_size + 0.5)) | {'beta': beta} | line
                 lines.append(line)
                 report.write(line)
-                monitors.raise_alarms(lines, stage.dtype, config.alarms, report.say)
+                monitors.raise_alarms(lines, stage.dtype, config.alarms, report.log)
                 if config.kl_target:
                     beta = monitors.adaptive_beta(beta, line['kl'], config.kl_target, config.batch_size, KL_HORIZON)
                 stop = interruption.reached(number)

@@ -28,7 +28,7 @@ from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import SEED, Config, LanguageModel, Names, UserError, between, resumable
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData, different
-from llama2_jax.evals.talk import answered, usable
+from llama2_jax.evals.multi_turn import answered, usable
 from llama2_jax.files import save_figure, write_atomically, writing
 from llama2_jax.inference import plan
 from llama2_jax.inference.engine import Engine
@@ -45,8 +45,8 @@ from llama2_jax.rl.rollout import (
     sample_answers,
     write_rollouts,
 )
-from llama2_jax.runtime import barrier, is_main_process, say
-from llama2_jax.runtime.workdir import no_space_is_said, open_run, record_inputs
+from llama2_jax.runtime import barrier, is_main_process, log
+from llama2_jax.runtime.workdir import open_run, record_inputs, report_disk_full
 from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
 
@@ -131,10 +131,10 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
     prompts = different(data.train, config.seed)[: config.count or None]
     sft.check_warmup(config.sft, len(prompts) + sum(1 for _ in earlier_choices(config)))
     temperature = tune(config, path, engine, rewards, data.heldout[: config.tune_prompts])
-    say(f'{data}\n{config.samples} answers to each of {len(prompts):,} prompts at temperature {temperature}')
+    log(f'{data}\n{config.samples} answers to each of {len(prompts):,} prompts at temperature {temperature}')
     earlier, curve, counts = Earlier(config, path, rewards), RewardsByN(config.samples), collections.Counter()
     starts = range(0, len(prompts), FILE_PROMPTS)
-    with no_space_is_said(path), writing(path / 'choices.jsonl') if is_main_process() else contextlib.nullcontext(len) as write:
+    with report_disk_full(path), writing(path / 'choices.jsonl') if is_main_process() else contextlib.nullcontext(len) as write:
         for number, start in enumerate(tqdm(starts, unit='file', disable=not is_main_process())):
             file, some = path / 'samples' / f'{number:05}.jsonl', prompts[start : start + FILE_PROMPTS]
             if not file.exists():
@@ -164,7 +164,7 @@ def sample_and_choose(config: RejectionConfig, path: Path) -> None:
         )
     curve.write(path)
     chosen = f'{counts.total():,} answers are chosen, {counts[True]:,} of them from earlier rounds'
-    say(f'{chosen}; {len(prompts):,} prompts were asked.')
+    log(f'{chosen}; {len(prompts):,} prompts were asked.')
 
 
 def draw(
@@ -185,7 +185,7 @@ def tune(config: RejectionConfig, path: Path, engine: Engine, rewards: Rewards, 
             rollouts = draw(config, engine, rewards, prompts, temperature, f'{config.seed} tune')
             scores = np.array([rollout.score for rollout in rollouts]).reshape(len(prompts), config.samples)
             best[temperature] = float(scores.max(axis=1).mean())
-            say(f'temperature {temperature}: best score {best[temperature]:.4f}, mean {scores.mean():.4f}')
+            log(f'temperature {temperature}: best score {best[temperature]:.4f}, mean {scores.mean():.4f}')
         chosen = max(best, key=best.__getitem__, default=config.temperatures[0])
         _write(file, json.dumps({'mean_best_score': best, 'chosen': chosen}, indent=2) + '\n')
     return json.loads(file.read_text())['chosen']
@@ -294,7 +294,7 @@ class RewardsByN:
 def _write(path: Path, text: str) -> None:
     barrier(f'{path.name} ready')
     if is_main_process():
-        with no_space_is_said(path):
+        with report_disk_full(path):
             write_atomically(path, text)
     barrier(f'{path.name} written')
 

@@ -22,7 +22,7 @@ from llama2_jax.inference.engine import Engine, Request, Sample
 from llama2_jax.inference.open import open_scorer
 from llama2_jax.ops.returns import gate
 from llama2_jax.runtime import barrier, is_main_process
-from llama2_jax.runtime.workdir import no_space_is_said
+from llama2_jax.runtime.workdir import report_disk_full
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.toy.answers import Verdict, verdict
 from llama2_jax.toy.oracle import Oracle
@@ -181,7 +181,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(rollout), ensure_ascii=False) for rollout in rollouts)
-        with no_space_is_said(path):
+        with report_disk_full(path):
             write_atomically(path, '\n'.join(lines) + '\n')
     barrier('rollouts written')
 

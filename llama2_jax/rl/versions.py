@@ -29,7 +29,7 @@ from llama2_jax.rl.monitors import check_judge
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rollout import RewardsConfig, Rollout, by_oracle, open_rewards, read_rollouts, sample_answers, write_rollouts
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.safety import context_distillation
 from llama2_jax.safety.context_distillation import DistillConfig
@@ -106,11 +106,11 @@ def run(config: RlhfConfig, workdir: str) -> None:
     for number in range(1, config.versions + 1):
         last = number == config.versions
         if number == config.distill_before:
-            policy = beside(
+            policy = run_optional_stage(
                 context_distillation, config.distill, path / f'v{number}' / 'distill', policy, learned, safety=rewards.safety
             )
         home = path / f'v{number}' / ('rs' if last else '')
-        say(f'RLHF-v{number}: rejection sampling in {home}')
+        log(f'RLHF-v{number}: rejection sampling in {home}')
         round_ = dataclasses.replace(
             config.rejection,
             sample_from=config.sample_from[min(number, len(config.sample_from)) - 1] if config.sample_from else policy,
@@ -124,11 +124,11 @@ def run(config: RlhfConfig, workdir: str) -> None:
         policy = str(home / 'model')
         models[f'RLHF-v{number}' + (' (no PPO)' if last else '')] = policy
         if config.collect.raters != 'people':
-            rewards = renew(config, rewards, home)
+            rewards = train_next_rewards(config, rewards, home)
         if number == config.ghost_after:
-            policy = beside(ghost, config.ghost, home / 'ghost', policy, learned)
+            policy = run_optional_stage(ghost, config.ghost, home / 'ghost', policy, learned)
     home = path / f'v{config.versions}' / 'ppo'
-    say(f'RLHF-v{config.versions}: PPO in {home}')
+    log(f'RLHF-v{config.versions}: PPO in {home}')
     ppo.run(dataclasses.replace(config.ppo, init_from=policy, rewards=rewards, seed=config.seed), str(home))
     models[f'RLHF-v{config.versions} (with PPO)'] = str(home / 'model')
     report(config, rewards, models, path)
@@ -153,9 +153,9 @@ def check(config: RlhfConfig) -> None:
         check_inputs(config, 'distill.prompts')
 
 
-def beside(stage: Any, config: Any, home: Path, policy: str, learned: list[Path], **given: str) -> str:
+def run_optional_stage(stage: Any, config: Any, home: Path, policy: str, learned: list[Path], **given: str) -> str:
     """Applies Ghost Attention or context distillation to a policy, in `home`; returns the new policy and notes its dialogs."""
-    say(f'{stage.__name__.rpartition(".")[2]} in {home}')
+    log(f'{stage.__name__.rpartition(".")[2]} in {home}')
     stage.run(dataclasses.replace(config, model=policy, tune=True, **given), str(home))
     learned.append(home / 'dialogs.jsonl')
     return str(home / 'model')
@@ -167,10 +167,10 @@ def with_dialogs(config: SftConfig, learned: Sequence[Path], init_from: str) -> 
     return dataclasses.replace(config, init_from=init_from, data=dataclasses.replace(config.data, mixture=mixture))
 
 
-def renew(config: RlhfConfig, rewards: RewardsConfig, round_: Path) -> RewardsConfig:
+def train_next_rewards(config: RlhfConfig, rewards: RewardsConfig, round_: Path) -> RewardsConfig:
     """The reward models, of which helpfulness has now learned from answers of the model of a round of rejection sampling."""
     collected, trained = round_ / 'preferences', round_ / 'rm-help'
-    say(f'Comparisons of its answers in {collected}, and a reward model that has learned from them in {trained}')
+    log(f'Comparisons of its answers in {collected}, and a reward model that has learned from them in {trained}')
     collect.run(dataclasses.replace(config.collect, models=(str(round_ / 'model'),), seed=config.seed), str(collected))
     data = dataclasses.replace(config.reward.data, mixture=f'jsonl:{collected / "preferences.jsonl"}')
     reward.run(dataclasses.replace(config.reward, init_from=rewards.helpfulness, data=data, seed=config.seed), str(trained))
@@ -190,7 +190,7 @@ def report(config: RlhfConfig, rewards: RewardsConfig, models: Mapping[str, str]
         write_atomically(path / 'versions.json', json.dumps(rows, indent=2) + '\n')
         write_atomically(path / 'versions.md', printable(text) + '\n')
         plot(rows, path / 'versions.png')
-    say(text)
+    log(text)
 
 
 def answer(config: RlhfConfig, rewards: RewardsConfig, model: str, file: Path) -> list[Rollout]:

@@ -20,7 +20,7 @@ import jax
 
 from llama2_jax.config import UserError
 from llama2_jax.runtime.hosts import barrier as barrier
-from llama2_jax.runtime.hosts import find_place, join
+from llama2_jax.runtime.hosts import find_process_info, join
 from llama2_jax.text.printable import printable
 
 
@@ -115,7 +115,7 @@ def start() -> None:
     jax.config.update('jax_cpu_enable_async_dispatch', False)
     keep_libtpu_unloaded()
     keep_compiled()
-    if place := find_place():
+    if place := find_process_info():
         join(place)
 
 
@@ -196,7 +196,7 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints text, from the main process only; control characters, which data or names may hold, are escaped."""
     if is_main_process():
         print(printable(text), flush=True)

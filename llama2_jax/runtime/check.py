@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from llama2_jax import runtime
 from llama2_jax.config import UserError
-from llama2_jax.runtime.hosts import code_fingerprint, find_place, join, patience, roll_call
+from llama2_jax.runtime.hosts import code_fingerprint, find_process_info, handshake, join, start_timeout
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy')
 VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')  # with others a host compiles another program
@@ -34,18 +34,18 @@ def check(directories: Sequence[str]) -> None:
     Raises:
       UserError: something is missing, differs or cannot be written; the hosts are named.
     """
-    place = find_place()
+    process = find_process_info()
     mine = facts(directories)
-    everyone = roll_call(place, mine, patience()) if place else [mine]
-    if not place or place.index == 0:
+    everyone = handshake(process, mine, start_timeout()) if process else [mine]
+    if not process or process.index == 0:
         print(describe(everyone), flush=True)
     if faults := differences(everyone) + unwritable(everyone):
         raise UserError(' '.join(faults))
     runtime.keep_libtpu_unloaded()
     runtime.keep_compiled()
-    if place:
-        join(place)
-    runtime.say(f'{devices()}\nReady.')
+    if process:
+        join(process)
+    runtime.log(f'{devices()}\nReady.')
 
 
 def facts(directories: Sequence[str]) -> dict[str, Any]:

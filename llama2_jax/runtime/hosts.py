@@ -33,7 +33,7 @@ _names: list[str] = []  # of the hosts, by process
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """A process's place among those of its run: the address of process 0, how many there are, and which one this is."""
 
     address: str
@@ -41,7 +41,7 @@ class Place:
     index: int
 
 
-def patience() -> float:
+def start_timeout() -> float:
     """Seconds that a process waits for the others: LLAMA2_JAX_TIMEOUT, by default 600."""
     text = os.environ.get('LLAMA2_JAX_TIMEOUT', '600')
     with contextlib.suppress(ValueError):
@@ -50,7 +50,7 @@ def patience() -> float:
     raise UserError(f'LLAMA2_JAX_TIMEOUT={text} must be a number of seconds.')
 
 
-def find_place() -> Place | None:
+def find_process_info() -> ProcessInfo | None:
     """Where LLAMA2_JAX_COORDINATOR puts this process; None: it is alone.
 
     Raises:
@@ -61,12 +61,12 @@ def find_place() -> Place | None:
         return None
     if address == 'auto':
         try:
-            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(patience()))
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(start_timeout()))
         except Exception as error:  # of whatever kind: requests to the cloud's metadata fail in many ways
             raise UserError(f'LLAMA2_JAX_COORDINATOR=auto: {str(error).splitlines()[0]}') from None
         if None in found[:3]:
             raise UserError('LLAMA2_JAX_COORDINATOR=auto finds neither a TPU pod nor a Slurm job here; give it host:port.')
-        return Place(*found[:3])
+        return ProcessInfo(*found[:3])
     try:
         count, index = int(os.environ['LLAMA2_JAX_PROCESSES']), int(os.environ['LLAMA2_JAX_PROCESS'])
     except (KeyError, ValueError):
@@ -77,17 +77,17 @@ def find_place() -> Place | None:
         raise UserError(
             f'LLAMA2_JAX_COORDINATOR={address} must be host:port, and LLAMA2_JAX_PROCESS={index} one of 0 to {count - 1}.'
         )
-    return Place(address, count, index)
+    return ProcessInfo(address, count, index)
 
 
-def join(place: Place) -> None:
+def join(process: ProcessInfo) -> None:
     """Connects this process with the others of its run, once all are there.
 
     Raises:
       UserError: some have not come in time; on process 0 it says which.
     """
-    _names[:] = [facts['host'] for facts in roll_call(place, {'host': socket.gethostname()}, patience())]
-    jax.distributed.initialize(place.address, place.count, place.index)
+    _names[:] = [facts['host'] for facts in handshake(process, {'host': socket.gethostname()}, start_timeout())]
+    jax.distributed.initialize(process.address, process.count, process.index)
     _sigaction(None, _preemption)
     expect_preemption(False)
 
@@ -131,19 +131,19 @@ def gather(text: str) -> list[str]:
     return [bytes(row).decode().rstrip(' ') for row in rows]
 
 
-def roll_call(place: Place, facts: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
+def handshake(process: ProcessInfo, facts: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
     """What every process says of itself, by process; needs neither JAX nor its devices, which would wait for the missing.
 
     Raises:
       UserError: not all have come within so many seconds.
     """
-    host, _, port = place.address.rpartition(':')
+    host, _, port = process.address.rpartition(':')
     until = time.monotonic() + seconds
-    if place.index == 0:
-        return _call(int(port), place, facts, until, seconds)
+    if process.index == 0:
+        return _call(int(port), process, facts, until, seconds)
     while time.monotonic() < until:
         with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5) as connection:
-            connection.sendall(json.dumps([place.index, place.count, facts]).encode() + b'\n')
+            connection.sendall(json.dumps([process.index, process.count, facts]).encode() + b'\n')
             connection.settimeout(max(until - time.monotonic(), 0.1) + 5)  # it is process 0 that says who is missing
             answer = _read(connection)
             if isinstance(answer, str):
@@ -151,11 +151,11 @@ def roll_call(place: Place, facts: Mapping[str, Any], seconds: float) -> list[di
             return answer
         time.sleep(0.2)
     raise UserError(
-        f'Process {place.index} on {socket.gethostname()} has not reached process 0 at {place.address} in {seconds:g} s.'
+        f'Process {process.index} on {socket.gethostname()} has not reached process 0 at {process.address} in {seconds:g} s.'
     )
 
 
-def _call(port: int, place: Place, facts: Mapping[str, Any], until: float, seconds: float) -> list[dict[str, Any]]:
+def _call(port: int, process: ProcessInfo, facts: Mapping[str, Any], until: float, seconds: float) -> list[dict[str, Any]]:
     """The side of process 0: hears all, and answers all at once."""
     heard: dict[int, Any] = {0: facts}
     with contextlib.ExitStack() as stack, socket.socket() as server:
@@ -163,10 +163,10 @@ def _call(port: int, place: Place, facts: Mapping[str, Any], until: float, secon
         try:
             server.bind(('', port))
         except OSError as error:
-            raise UserError(f'Process 0 cannot listen at {place.address}: {error.strerror}.') from None
-        server.listen(place.count)
+            raise UserError(f'Process 0 cannot listen at {process.address}: {error.strerror}.') from None
+        server.listen(process.count)
         connections, answer = [], None
-        while len(heard) < place.count and not answer and (left := until - time.monotonic()) > 0:
+        while len(heard) < process.count and not answer and (left := until - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError):  # a connection that breaks off is made again
                 connection = stack.enter_context(server.accept()[0])
@@ -174,11 +174,11 @@ def _call(port: int, place: Place, facts: Mapping[str, Any], until: float, secon
                 index, count, theirs = _read(connection)
                 connections.append(connection)
                 heard[index] = theirs
-                if count != place.count:
-                    answer = f'Process {index} on {theirs["host"]} counts {count} processes, process 0 counts {place.count}.'
-        if missing := sorted(set(range(place.count)) - heard.keys()):
-            answer = answer or f'Did not come within {seconds:g} s: {name_all(missing, expected_hosts(place.count))}.'
-        answer = answer or [heard[index] for index in range(place.count)]
+                if count != process.count:
+                    answer = f'Process {index} on {theirs["host"]} counts {count} processes, process 0 counts {process.count}.'
+        if missing := sorted(set(range(process.count)) - heard.keys()):
+            answer = answer or f'Did not come within {seconds:g} s: {name_all(missing, expected_hosts(process.count))}.'
+        answer = answer or [heard[index] for index in range(process.count)]
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(answer).encode() + b'\n')
@@ -205,7 +205,7 @@ def name_all(processes: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def barrier(name: str, seconds: float | None = None) -> None:
-    """Waits until every process has come here; by default for as long as `patience`. A tenth of that is waited in silence.
+    """Waits until every process has come here; by default for as long as `start_timeout`. A tenth of that is waited in silence.
 
     Raises:
       UserError: some have not come; they are named.
@@ -214,7 +214,7 @@ def barrier(name: str, seconds: float | None = None) -> None:
         return
     client, key = distributed.global_state.client, f'llama2_jax/barrier {next(_barriers)}'
     client.key_value_set(f'{key}/{jax.process_index()}', name)
-    limit = patience() if seconds is None else seconds
+    limit = start_timeout() if seconds is None else seconds
 
     def missing() -> tuple[set[int], str]:
         here = {int(path.rpartition('/')[2]) for path, _ in client.key_value_dir_get(key)}
@@ -225,7 +225,7 @@ def barrier(name: str, seconds: float | None = None) -> None:
         if text and jax.process_index() == min(here):  # one speaks for all who wait
             print(f'Waiting at the barrier {name!r} for {text}.', file=sys.stderr, flush=True)
 
-    timer = threading.Timer(patience() / 10, report)
+    timer = threading.Timer(start_timeout() / 10, report)
     timer.daemon = True
     timer.start()
     try:
@@ -254,7 +254,7 @@ class Watch:
 
     def __enter__(self) -> 'Watch':
         if jax.process_count() > 1:
-            threading.Thread(target=self._run, args=(patience(), distributed.global_state.client), daemon=True).start()
+            threading.Thread(target=self._run, args=(start_timeout(), distributed.global_state.client), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -282,16 +282,16 @@ class Watch:
                 self._heard[index] = value, now
         silent = sorted(index for index, (_, since) in self._heard.items() if now - since > quiet)
         if silent:
-            self._say(f'Not heard of for {quiet:g} s: {name_all(silent, _names)}.')
+            self._log(f'Not heard of for {quiet:g} s: {name_all(silent, _names)}.')
         elif now - self._since > limit:
             steps = {index: int(value.partition(' ')[0]) for index, (value, _) in self._heard.items()}
             least, most = min(steps.values()), max(steps.values())
             behind = name_all(sorted(index for index, step in steps.items() if step == least), _names)
-            self._say(
+            self._log(
                 f'No step for {limit:g} s: ' + (f'{behind} at step {least} of {most}.' if least < most else 'all at one step.')
             )
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             print(text, file=sys.stderr, flush=True)

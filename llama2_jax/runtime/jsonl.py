@@ -11,7 +11,7 @@ from etils.epath import Path
 from llama2_jax.config import UserError
 from llama2_jax.files import Lines, read_json, write_atomically
 from llama2_jax.runtime import barrier, is_main_process
-from llama2_jax.runtime.workdir import differences, no_space_is_said
+from llama2_jax.runtime.workdir import differences, report_disk_full
 
 
 def resume_rows(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def growing(path: Path) -> Iterator[Callable[..., None]]:
     if not is_main_process():
         yield lambda *rows: None
         return
-    with no_space_is_said(path), Lines(path) as file:
+    with report_disk_full(path), Lines(path) as file:
         yield lambda *rows: file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 

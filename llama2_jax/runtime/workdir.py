@@ -17,7 +17,7 @@ from etils.epath import Path
 from llama2_jax import config as config_lib
 from llama2_jax.config import UserError
 from llama2_jax.files import bucket_errors, check_name, check_writable, is_remote, locate, matching, read_json, write_atomically
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.hosts import code_fingerprint, gather
 
 INPUTS = 'inputs.json'
@@ -73,7 +73,7 @@ def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str,
     barrier('workdir checked')  # nobody writes before everybody has looked
     if jax.process_index() == 0:
         try:
-            with no_space_is_said(workdir):
+            with report_disk_full(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 _lock(workdir)
                 write_atomically(path, text)
@@ -153,10 +153,10 @@ def record_inputs(workdir: Path, inputs: Mapping[str, str], begun: bool) -> None
     if begun and path.exists():
         check_inputs(str(workdir), inputs, read_inputs(workdir))
     elif begun:
-        say(f'{workdir} has results and no inputs.json, so whether its data and models are the same is not known.')
+        log(f'{workdir} has results and no inputs.json, so whether its data and models are the same is not known.')
     barrier('inputs checked')
     if is_main_process():
-        with no_space_is_said(workdir):
+        with report_disk_full(workdir):
             write_atomically(path, json.dumps(dict(inputs), indent=2, ensure_ascii=False) + '\n')
     barrier('inputs written')
 
@@ -180,7 +180,7 @@ def check_inputs(what: str, inputs: Mapping[str, str], recorded: Mapping[str, st
                 f'{what} was made from {name} ({theirs}), which has changed ({ours}): restore it, use another --workdir, or, '
                 'if the change is meant, add --set resume_with_changed_data=true.'
             )
-        say(f'Continuing {what} with another {name}: {ours} in place of {theirs}.')
+        log(f'Continuing {what} with another {name}: {ours} in place of {theirs}.')
 
 
 def _check_same(path: Path, ours: dict, may_change: tuple[str, ...]) -> None:
@@ -216,7 +216,7 @@ def _fields(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def no_space_is_said(directory: Path) -> Iterator[None]:
+def report_disk_full(directory: Path) -> Iterator[None]:
     """Turns running out of disk space anywhere inside into a UserError that names `directory`."""
     try:
         yield

@@ -23,14 +23,14 @@ from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, U
 from llama2_jax.data.preprompts import TEMPLATES, Templates, preprompt
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
-from llama2_jax.evals.talk import usable
+from llama2_jax.evals.multi_turn import usable
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.open import open_engine, open_scorer
 from llama2_jax.inference.scorer import Scorer
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl.rollout import sample_answers
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.jsonl import add_rows, resume_rows
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages import sft
@@ -85,11 +85,11 @@ def run(config: DistillConfig, workdir: str) -> None:
     record_inputs(path, models | sources, begun)
     rows = sample(config, path / 'samples.jsonl')
     write_kept(rows, path / 'dialogs.jsonl')
-    say_scores(rows)
+    print_scores(rows)
     if config.tune:
         sft.run_within(dataclasses.replace(config.sft, init_from=config.model), path, path / 'dialogs.jsonl')
     else:
-        say(f'Fine-tune on them: {sft.command(config.model, path / "dialogs.jsonl")}')
+        log(f'Fine-tune on them: {sft.command(config.model, path / "dialogs.jsonl")}')
 
 
 def sample(config: DistillConfig, path: Path) -> list[dict[str, Any]]:
@@ -179,17 +179,17 @@ def write_kept(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     barrier('dialogs written')
 
 
-def say_scores(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_scores(rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints by quarters of the original score what a preprompt does to the score, and how much is kept (paper Figure 16)."""
     order = sorted(rows, key=lambda row: row['original']['score'])
-    say(f'{"original score, by quarters":<28} {"prompts":>8} {"original":>9} {"preprompt":>9} {"best":>9} {"kept":>7}')
+    log(f'{"original score, by quarters":<28} {"prompts":>8} {"original":>9} {"preprompt":>9} {"best":>9} {"kept":>7}')
     for quarter in np.array_split(np.array(order, object), min(4, len(order))):
         original = np.mean([row['original']['score'] for row in quarter])
         distilled = np.array([[answer['score'] for answer in row['distilled']] for row in quarter])
         share = np.mean([kept(row) is not None for row in quarter])
         span = f'{quarter[0]["original"]["score"]:.2f} to {quarter[-1]["original"]["score"]:.2f}'
         figures = f'{original:>9.2f} {distilled.mean():>9.2f} {distilled.max(1).mean():>9.2f} {share:>7.1%}'
-        say(f'{span:<28} {len(quarter):>8} {figures}')
+        log(f'{span:<28} {len(quarter):>8} {figures}')
 
 
 def read_templates(source: str) -> Templates:

@@ -12,7 +12,7 @@ from llama2_jax import toy
 from llama2_jax.config import UserError
 from llama2_jax.evals.measure import SCORES, interval, resampled, wilson
 from llama2_jax.files import read_json, write_atomically
-from llama2_jax.runtime import say
+from llama2_jax.runtime import log
 from llama2_jax.text.printable import printable
 from llama2_jax.train.metrics import read_metrics
 
@@ -37,7 +37,7 @@ def summarise(workdir: str | Path) -> None:
     text = '\n\n'.join([as_table(stages(home)), table, made, '\n\n'.join(transcripts(home))])
     write_atomically(home / 'versions.json', json.dumps(rows, indent=1) + '\n')
     write_atomically(home / 'summary.md', printable(text) + '\n')
-    say(text)
+    log(text)
 
 
 def measures(home: Path, version: str) -> dict[str, float]:

@@ -16,16 +16,16 @@ from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import Config, UserError, between
 from llama2_jax.data import sources
 from llama2_jax.evals import report
-from llama2_jax.evals.ask import Asker
 from llama2_jax.evals.files import Files, Missing
 from llama2_jax.evals.judges import WANTED, Helper, make_helpers
 from llama2_jax.evals.measure import by_group, counts, means, shares
 from llama2_jax.evals.paper import size_of
+from llama2_jax.evals.prompter import Prompter
 from llama2_jax.evals.task import Example, Task
 from llama2_jax.evals.tasks import TASKS, expand
 from llama2_jax.files import locate, make_directory, read_json, write_atomically
 from llama2_jax.inference.open import open_engine
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.jsonl import check_settings, growing, resume_rows
 from llama2_jax.text.printable import printable
 
@@ -84,10 +84,10 @@ def run(config: EvaluateConfig) -> None:
     helpers = make_helpers(config.data_dir, config.run_generated_code, config.toxicity, judges)
     found, skipped = load_all([adapted(TASKS[name], config, chat) for name in names], config, helpers)
     engine = open_engine(config.model, config.batch_size, config.int8)
-    say(source.prompts.describe(chat))
+    log(source.prompts.describe(chat))
     model = identity(config.model, config.int8)
     results = {
-        task.name: run_task(task, config, model, Asker(engine, chat, config.seed), helpers, path, loaded)
+        task.name: run_task(task, config, model, Prompter(engine, chat, config.seed), helpers, path, loaded)
         for task, loaded in found
     }
     finish(config, results, skipped, report.rows(results, size := size_of(engine.config), chat), size, chat)
@@ -112,7 +112,7 @@ def load_all(
             found.append((task, load(task, config)))
         except Missing as error:
             skipped[task.name] = str(error) if lacking else f'{error}; download it from {task.home}'
-            say(f'{task.name} is left out: {skipped[task.name]}')
+            log(f'{task.name} is left out: {skipped[task.name]}')
     if not found:
         raise UserError(f'No task could be run: {"; ".join(f"{name}: {why}" for name, why in skipped.items())}.')
     return found, skipped
@@ -123,7 +123,7 @@ def load(task: Task, config: EvaluateConfig) -> Loaded:
     files = Files(config.data_dir, config.tfds)
     examples = spread(task.examples(files), config.limit)
     for note in files.notes:
-        say(f'Note: {task.name}: {note}.')
+        log(f'Note: {task.name}: {note}.')
     return files, examples
 
 
@@ -156,7 +156,7 @@ def run_task(
     task: Task,
     config: EvaluateConfig,
     model: dict[str, Any],
-    asker: Asker,
+    asker: Prompter,
     helpers: Mapping[str, Helper],
     path: Path,
     loaded: Loaded | None = None,
@@ -173,15 +173,15 @@ def run_task(
     if result.exists():
         done = read_json(result)
         check_settings(result, settings, done.get('settings', {}))
-        say(f'{task.name}: the results are there already.')
+        log(f'{task.name}: the results are there already.')
         return done
-    say(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')
+    log(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')
     began = time.monotonic()
     outputs, tokens = collect(task, settings, asker, examples, path / f'{task.name}.outputs.jsonl')
     seconds = time.monotonic() - began
     records = grade(task, examples, outputs, helpers)
     if asker.cut:
-        say(f'{task.name}: {asker.cut:,} prompts were too long for the context and lost their beginnings.')
+        log(f'{task.name}: {asker.cut:,} prompts were too long for the context and lost their beginnings.')
     figures = means(records)
     headline = task.headline(figures)
     summary = {
@@ -216,7 +216,7 @@ def spread(examples: Sequence[Example], limit: int) -> list[Example]:
     return [examples[place] for place in np.linspace(0, len(examples) - 1, limit).astype(int)]
 
 
-def collect(task: Task, settings: dict, asker: Asker, examples: Sequence[Example], path: Path) -> tuple[list[dict], int]:
+def collect(task: Task, settings: dict, asker: Prompter, examples: Sequence[Example], path: Path) -> tuple[list[dict], int]:
     """The output for each example {'index', 'outputs', 'prompt_hash'}, and how many tokens were read and written for it now.
 
     They are written as they come, in no order; the same call again goes on.
@@ -263,7 +263,7 @@ def grade(task: Task, examples: Sequence[Example], outputs: Sequence[dict], help
 def finish(config: EvaluateConfig, results: dict, skipped: dict, table: list[dict], size: str | None, chat: bool) -> None:
     """Writes summary.json and table.md, and prints the table."""
     text = report.markdown(table, size, chat)
-    say('\n' + text)
+    log('\n' + text)
     if is_main_process():
         summary = {'model': str(locate(config.model)), 'chat': chat, 'size': size, 'skipped': skipped, 'table': table}
         write_atomically(Path(config.output) / 'summary.json', json.dumps(summary, indent=1))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from llama2_jax.config import UserError
 from llama2_jax.data.sources import as_source, read_records, rows_fingerprint
 from llama2_jax.inference.engine import Engine, Request, Sample
-from llama2_jax.runtime import is_main_process, say
+from llama2_jax.runtime import is_main_process, log
 from llama2_jax.runtime.jsonl import growing, resume
 from llama2_jax.text.dialog import SPECIAL_TAGS_ERROR, encode_prompt, encode_question, has_special_tags
 from llama2_jax.text.tokenizer import Tokenizer
@@ -102,13 +102,13 @@ def run(
     """
     rows = [(record.fields, record.where) for record in read_records(as_source(prompts))]
     chat = engine.tokenizer.prompts.chat if chat is None else chat
-    say(engine.tokenizer.prompts.describe(chat))
+    log(engine.tokenizer.prompts.describe(chat))
     requests = [_request(engine, index, row, where, defaults, chat) for index, (row, where) in enumerate(rows)]
     path = Path(output)
     made_from = {**settings, **defaults, 'logprobs': logprobs, 'chat': chat, 'content of the prompts': rows_fingerprint(rows)}
     done = resume(path, made_from, [_name(index, row) for index, (row, _) in enumerate(rows)])
     if done:
-        say(f'{output}: {done} of {len(rows)} are there already.')
+        log(f'{output}: {done} of {len(rows)} are there already.')
     blocked = [_is_blocked(row, chat) for row, _ in rows]
     results = engine.generate(request for request, skip in zip(requests[done:], blocked[done:], strict=True) if not skip)
     tokens = 0

@@ -20,12 +20,12 @@ from llama2_jax.data.instructions import Kinds, draw, word
 from llama2_jax.data.schemas import read_dialogs
 from llama2_jax.data.sources import as_source, fingerprint
 from llama2_jax.evals.ghost import TURNS, Grader, Talk, find_grader, obeyed, recall
-from llama2_jax.evals.talk import hold
+from llama2_jax.evals.multi_turn import multi_turn_rollout
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.jsonl import add_rows, resume_rows
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages import sft
@@ -104,7 +104,7 @@ def run(config: GhostConfig, workdir: str) -> None:
     rows = sample(config, engine, kinds, talks, path / 'samples.jsonl')
     write_cuts(config, rows, path / 'dialogs.jsonl')
     if not config.tune:
-        say(f'Fine-tune on them: {sft.command(config.model, path / "dialogs.jsonl")}')
+        log(f'Fine-tune on them: {sft.command(config.model, path / "dialogs.jsonl")}')
         return
     sft.run_within(dataclasses.replace(config.sft, init_from=config.model), path, path / 'dialogs.jsonl')
     if judged and not (path / 'recall.json').exists():
@@ -112,7 +112,7 @@ def run(config: GhostConfig, workdir: str) -> None:
         figures = {name: measure(config, model, kinds, judged) for name, model in models.items()}
         if is_main_process():
             write_atomically(path / 'recall.json', json.dumps(figures, indent=2) + '\n')
-        say_recall(figures)
+        print_recall(figures)
 
 
 def read_questions(config: GhostConfig) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
@@ -191,7 +191,7 @@ def write_cuts(config: GhostConfig, rows: Sequence[Mapping[str, Any]], path: Pat
         write_atomically(path, '\n'.join(lines) + '\n')
     barrier('dialogs written')
     answers = sum(len(row['messages']) // 2 for row in rows)
-    say(f'{len(rows):,} dialogs with {answers:,} answers were sampled; {len(lines):,} dialogs to train on are in {path}.')
+    log(f'{len(rows):,} dialogs with {answers:,} answers were sampled; {len(lines):,} dialogs to train on are in {path}.')
 
 
 def cut(messages: Sequence[Mapping[str, Any]], turns: int) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def plan(config: GhostConfig, kinds: Kinds, questions: tuple[str, ...], name: in
 
 def sample_dialogs(config: GhostConfig, engine: Engine, grader: Grader, plans: list[Plan]) -> list[dict[str, Any]]:
     """The rows of some dialogs; without those in which not even two answers would do."""
-    answers = hold(
+    answers = multi_turn_rollout(
         engine,
         [[f'{plan.said} {question}' for question in plan.talk.questions] for plan in plans],
         names=[plan.name for plan in plans],
@@ -282,8 +282,8 @@ def measure(config: GhostConfig, model: str | Path, kinds: Kinds, questions: lis
     return recall(obeyed(engine, talks, find_grader(config.grader), config.max_new_tokens))
 
 
-def say_recall(figures: Mapping[str, Mapping[int, float]]) -> None:
+def print_recall(figures: Mapping[str, Mapping[int, float]]) -> None:
     """Prints recall at the paper's turns, as its Table 30."""
-    say(f'{"instructions recalled at turn":<32}' + ''.join(f'{turn:>8}' for turn in TURNS))
+    log(f'{"instructions recalled at turn":<32}' + ''.join(f'{turn:>8}' for turn in TURNS))
     for name, by_turn in figures.items():
-        say(f'{name:<32}' + ''.join(f'{by_turn[turn]:>8.1%}' if turn in by_turn else f'{"–":>8}' for turn in TURNS))
+        log(f'{name:<32}' + ''.join(f'{by_turn[turn]:>8.1%}' if turn in by_turn else f'{"–":>8}' for turn in TURNS))

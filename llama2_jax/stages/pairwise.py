@@ -11,12 +11,12 @@ from llama2_jax.checkpoints.fingerprint import identity
 from llama2_jax.checkpoints.load import open_model
 from llama2_jax.config import Config, UserError, between, nearest
 from llama2_jax.data.sources import as_source, read_records
-from llama2_jax.evals.ask import cut_left
 from llama2_jax.evals.judges import answered
 from llama2_jax.evals.measure import wilson
+from llama2_jax.evals.prompter import cut_left
 from llama2_jax.files import make_directory, write_atomically
 from llama2_jax.inference.open import open_engine, open_scorer
-from llama2_jax.runtime import barrier, is_main_process, say
+from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.stages import generate
 from llama2_jax.text.dialog import encode_question
 from llama2_jax.toy.oracle import Oracle
@@ -32,7 +32,7 @@ ASK_JUDGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class VersusConfig(Config):
+class PairwiseConfig(Config):
     """Who competes, and who judges.
 
     Attributes:
@@ -59,7 +59,7 @@ class VersusConfig(Config):
     seed: int = 0
 
 
-def run(config: VersusConfig) -> dict[str, Any]:
+def run(config: PairwiseConfig) -> dict[str, Any]:
     """Shares of wins, ties and losses of `model`, with intervals; prints them, and writes verdicts.jsonl and versus.json.
 
     Raises:
@@ -80,7 +80,7 @@ def run(config: VersusConfig) -> dict[str, Any]:
     shares = summarise(verdicts)
     for name in (*VERDICTS, 'win / (win + loss)'):
         low, high = shares[name]['interval']
-        say(f'{name:<20} {shares[name]["share"]:6.1%}   95 % interval {low:.1%} to {high:.1%}   of {shares[name]["count"]:,}')
+        log(f'{name:<20} {shares[name]["share"]:6.1%}   95 % interval {low:.1%} to {high:.1%}   of {shares[name]["count"]:,}')
     if is_main_process():
         lines = [
             {'messages': dialog, 'model': ours, 'versus': theirs, 'verdict': verdict}
@@ -113,11 +113,11 @@ def read_prompts(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def answer(config: VersusConfig, model: str, rows: Path, output: Path) -> list[str]:
+def answer(config: PairwiseConfig, model: str, rows: Path, output: Path) -> list[str]:
     """A model's answers; they are written as they come, and kept."""
     settings = {name: getattr(config, name) for name in ('temperature', 'top_p', 'max_new_tokens', 'seed')}
     output = output.with_suffix('.jsonl')
-    say(f'{model} answers.')
+    log(f'{model} answers.')
     engine = open_engine(model, config.batch_size, config.int8)
     generate.run(engine, str(rows), str(output), settings, identity(model, config.int8), chat=config.chat)
     barrier('answers written')

@@ -13,9 +13,9 @@ from llama2_jax.config import ModelConfig, UserError, between, resumable
 from llama2_jax.data.pretrain import DataConfig, PretrainData
 from llama2_jax.evals.validation import make_evaluate, make_sample
 from llama2_jax.mesh import reshard, set_mesh
-from llama2_jax.model.llama import Compute, Llama
+from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.planning import aot
-from llama2_jax.runtime import compiler_options, say
+from llama2_jax.runtime import compiler_options, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.tokenizer import open_tokenizer
 from llama2_jax.stages.training import TrainingConfig, compile_stage, data_share, train_stage
@@ -77,7 +77,7 @@ def run(config: PretrainConfig, workdir: str) -> State:
     )
     sources = {f'data.mixture={source}': text for source, text in data.fingerprints.items()}
     record_inputs(path, {'tokenizer': tokenizer.fingerprint} | sources, started)
-    say(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    log(f'{config.model.parameters:,} parameters, {config.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     compute = config.compute.on(jax.default_backend())
     abstract, init, step = build(config, compute)
     sample = make_sample(config.prompts, config.model, compute, tokenizer) if config.prompts else None
@@ -94,14 +94,14 @@ def run(config: PretrainConfig, workdir: str) -> State:
         sample=sample,
     )
     save_model(path / 'model', state.params, tokenizer, {'stage': 'pretrain', 'parent': None, 'step': config.steps})
-    say(f'The model is in {path / "model"}.')
+    log(f'The model is in {path / "model"}.')
     return state
 
 
 def dry_run(config: PretrainConfig, topology: str | None) -> aot.Report:
     """Compiles the step and reports its cost; arguments and errors as of `compile_stage`."""
 
-    def program(mesh: Mesh, compute: Compute) -> tuple:
+    def program(mesh: Mesh, compute: ComputeConfig) -> tuple:
         check_mesh(mesh, config.model, config.batch_size, config.accumulation, config.length)
         batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32)
         abstract, _, step = build(config, compute)
@@ -115,7 +115,7 @@ def flops(config: PretrainConfig) -> float:
     return config.model.flops_per_token(config.length) * config.batch_size * config.length
 
 
-def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[], State], Callable]:
+def build(config: PretrainConfig, compute: ComputeConfig) -> tuple[State, Callable[[], State], Callable]:
     """The abstract state, the function that makes the first one, and the jitted step; a mesh must be set."""
     optimizer = make_optimizer(config.optimizer, config.steps)
 
@@ -131,13 +131,13 @@ def build(config: PretrainConfig, compute: Compute) -> tuple[State, Callable[[],
     return jax.eval_shape(init), jax.jit(init), jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def token_loss(compute: Compute, model: Llama, batch: Batch) -> jax.Array:
+def token_loss(compute: ComputeConfig, model: Llama, batch: Batch) -> jax.Array:
     """The sum of the losses of a batch's targets, nats."""
     hidden_BLD = model(batch['inputs'], batch.get('segments'), compute)
     return model.loss(hidden_BLD, batch['targets'], batch['weights'])
 
 
-def heldout_loss(config: PretrainConfig, compute: Compute) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
+def heldout_loss(config: PretrainConfig, compute: ComputeConfig) -> Callable[[Llama, Batch], tuple[jax.Array, jax.Array]]:
     """The jitted function of parameters and a batch: its loss in nats, and its number of targets."""
 
     @jax.jit
@@ -148,7 +148,7 @@ def heldout_loss(config: PretrainConfig, compute: Compute) -> Callable[[Llama, B
     return loss_and_tokens
 
 
-def make_heldout_loss(config: PretrainConfig, compute: Compute, mesh: Mesh) -> Callable:
+def make_heldout_loss(config: PretrainConfig, compute: ComputeConfig, mesh: Mesh) -> Callable:
     """`heldout_loss` of a batch of the data, which it moves to the mesh."""
     loss = heldout_loss(config, compute)
     return lambda model, batch: loss(model, to_mesh(batch, mesh))

@@ -22,11 +22,11 @@ from llama2_jax.evals.measure import wilson
 from llama2_jax.inference.scorer import Scorer
 from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import BATCH_AXES, reshard, set_mesh
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.model.reward import ScoreModel, scores_at, with_score
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.planning import aot
-from llama2_jax.runtime import compiler_options, say
+from llama2_jax.runtime import compiler_options, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
 from llama2_jax.text.dialog import encode_dialog
@@ -87,7 +87,7 @@ def run(config: RewardConfig, workdir: str) -> State:
         **data_share(),
     )
     check_labels(config, data)
-    say(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
+    log(f'{data.steps:,} steps of {data.rows} rows, {describe_mesh(mesh)}\n{data.table()}')
     if not started:
         write_example(path, show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
@@ -111,7 +111,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     scores = reference_scores(config, data, Scorer(state.params, tokenizer, mesh=mesh, dtype=compute.dtype))
     provenance = {'stage': 'reward_model', 'parent': config.init_from, 'step': data.steps, 'scores': scores}
     save_model(path / 'model', state.params, tokenizer, provenance, chat=True)
-    say(f'The model is in {path / "model"}. Reference answers scored {scores["mean"]:.3f} ± {scores["std"]:.3f}.')
+    log(f'The model is in {path / "model"}. Reference answers scored {scores["mean"]:.3f} ± {scores["std"]:.3f}.')
     return state
 
 
@@ -122,7 +122,7 @@ def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
     """
     model = shape_of(config.init_from or 'tiny')
 
-    def program(mesh: Mesh, compute: Compute) -> tuple:
+    def program(mesh: Mesh, compute: ComputeConfig) -> tuple:
         shards = check(config, model, mesh)
         rows = -(-config.batch_size // shards) * shards
         sharding = NamedSharding(mesh, P(BATCH_AXES))
@@ -169,7 +169,7 @@ def first_model(config: RewardConfig, head: str) -> ScoreModel:
     return with_score(chat, jax.random.key(config.seed))
 
 
-def build(config: RewardConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
+def build(config: RewardConfig, model: ModelConfig, compute: ComputeConfig, steps: int) -> tuple[State, Callable]:
     """The abstract state and the jitted step; a mesh must be set."""
     optimizer = make_optimizer(config.optimizer, steps)
     loss = partial(comparison_loss, compute, config.margin, config.safety_weight)
@@ -185,13 +185,13 @@ def build(config: RewardConfig, model: ModelConfig, compute: Compute, steps: int
     return jax.eval_shape(init), jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
 
 
-def pair_scores(compute: Compute, model: ScoreModel, batch: Batch) -> jax.Array:
+def pair_scores(compute: ComputeConfig, model: ScoreModel, batch: Batch) -> jax.Array:
     """Scores of both answers of each pair, read where they end: [R, S, 2] float32."""
     tokens, segments = (reshard(batch[name], 'BL') for name in ('tokens', 'segment_ids'))
     return scores_at(model(tokens, segments, compute), batch['last'])
 
 
-def comparison_loss(compute: Compute, margin: str, safety_weight: float, model: ScoreModel, batch: Batch) -> jax.Array:
+def comparison_loss(compute: ComputeConfig, margin: str, safety_weight: float, model: ScoreModel, batch: Batch) -> jax.Array:
     """The sum of the losses of a batch's pairs, nats."""
     scores = pair_scores(compute, model, batch)
     losses = ranking_loss(scores, batch['rating'], margin)
@@ -200,7 +200,9 @@ def comparison_loss(compute: Compute, margin: str, safety_weight: float, model: 
     return (losses * batch['weights']).sum()
 
 
-def heldout_sums(config: RewardConfig, compute: Compute) -> Callable[[ScoreModel, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+def heldout_sums(
+    config: RewardConfig, compute: ComputeConfig
+) -> Callable[[ScoreModel, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
     """The jitted function of a model and a batch of pairs: sums of loss and of correct comparisons, each with its count."""
 
     @jax.jit
@@ -226,11 +228,11 @@ def heldout_sums(config: RewardConfig, compute: Compute) -> Callable[[ScoreModel
 
 
 def make_evaluate(
-    config: RewardConfig, data: PreferenceData, compute: Compute, mesh: Mesh
+    config: RewardConfig, data: PreferenceData, compute: ComputeConfig, mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
     """A function of the state: loss of the held-out pairs and, in all, by rating and of unsafe answers, what is told right."""
     if not any(source.heldout for source in data.sources):
-        say('Nothing is held out: the sources are too small.')
+        log('Nothing is held out: the sources are too small.')
         return None
 
     sums = heldout_sums(config, compute)
@@ -252,7 +254,7 @@ def make_evaluate(
         right, pairs = total['accuracy']
         if pairs:
             low, high = wilson(right / pairs, pairs)
-            say(f'Held-out accuracy {right / pairs:.1%} of {pairs:,.0f} pairs (95 % interval {low:.1%} to {high:.1%}).')
+            log(f'Held-out accuracy {right / pairs:.1%} of {pairs:,.0f} pairs (95 % interval {low:.1%} to {high:.1%}).')
         return {f'heldout/{name}': part / whole for name, (part, whole) in total.items() if whole} | figures
 
     return evaluate

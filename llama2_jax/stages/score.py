@@ -13,7 +13,7 @@ from llama2_jax.data.sources import as_source, read_records, rows_fingerprint
 from llama2_jax.evals import preference
 from llama2_jax.files import make_directory, write_atomically
 from llama2_jax.inference.open import open_scorer
-from llama2_jax.runtime import is_main_process, say
+from llama2_jax.runtime import is_main_process, log
 from llama2_jax.runtime.jsonl import growing, resume
 from llama2_jax.text.dialog import encode_dialog
 
@@ -33,7 +33,7 @@ def evaluate(models: Sequence[str], sources: Sequence[str], output: str | None, 
         scorer = open_scorer(model, batch_size)
         judged = [preference.judge(scorer, source) for source in sources]
         results[model] = {row.source: preference.figures(row) for row in judged}
-        say(preference.table({model: results[model]}))
+        log(preference.table({model: results[model]}))
         if output and is_main_process():
             preference.plot(Path(output) / f'preferences{f"-{number + 1}" if len(models) > 1 else ""}.png', model, judged)
     if output and is_main_process():
@@ -65,7 +65,7 @@ def score_file(model: str, dialogs: str, output: str, batch_size: int) -> None:
     path = Path(output)
     done = resume(path, {**identity(model), 'content of the dialogs': rows_fingerprint(texts)}, names)
     if done:
-        say(f'{output}: {done} of {len(rows)} are there already.')
+        log(f'{output}: {done} of {len(rows)} are there already.')
     bar = tqdm(total=len(rows), initial=done, unit='answer', dynamic_ncols=True, disable=not is_main_process())
     with bar, growing(path) as add:
         for start in range(done, len(rows), CHUNK * batch_size):

@@ -13,7 +13,7 @@ from etils.epath import Path
 from jax.sharding import Mesh
 
 from llama2_jax import made_from
-from llama2_jax.checkpoints.base_model import load_frozen, merge_on_host
+from llama2_jax.checkpoints.base_model import load_base_model, merge_on_host
 from llama2_jax.checkpoints.directory import is_saved, save_model
 from llama2_jax.checkpoints.formats.peft import write_peft
 from llama2_jax.checkpoints.load import load_model, open_model, shape_of, tokenizer_of
@@ -24,10 +24,10 @@ from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.inference.open import note_llama2
 from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import set_mesh
-from llama2_jax.model.llama import Compute, Llama
-from llama2_jax.model.lora import Adapters, LoraConfig, in_eight_bits, make_adapters, merge, with_adapters
+from llama2_jax.model.llama import ComputeConfig, Llama
+from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, to_int8, with_adapters
 from llama2_jax.planning import aot
-from llama2_jax.runtime import compiler_options, say
+from llama2_jax.runtime import compiler_options, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.pretrain import split, token_loss
 from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
@@ -92,14 +92,14 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
         seed=config.seed,
         **data_share(),
     )
-    say(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
+    log(f'{data.steps:,} steps, {describe_mesh(mesh)}\n{data.table()}')
     if not started:
         write_example(path, show_example(next(data.train()), tokenizer))
     compute = config.compute.on(jax.default_backend())
     abstract, step = build(config, model, compute, data.steps)
-    frozen = load_frozen(config.init_from, config.lora, compute.dtype, model.context, mesh) if config.lora.rank else None
+    frozen = load_base_model(config.init_from, config.lora, compute.dtype, model.context, mesh) if config.lora.rank else None
     trained = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    say(f'{trained:,} parameters are trained, {trained / model.parameters:.2%} of {model.parameters:,}.')
+    log(f'{trained:,} parameters are trained, {trained / model.parameters:.2%} of {model.parameters:,}.')
 
     def init() -> State:
         if frozen is None:
@@ -131,12 +131,12 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
     )
     if frozen is not None:
         write_peft(path / 'adapters', state.params, config.lora, config.init_from)
-        say(f'The adapters are in {path / "adapters"}.')
+        log(f'The adapters are in {path / "adapters"}.')
     if frozen is None or config.merge:
         provenance = {'stage': 'sft', 'parent': config.init_from, 'step': data.steps}
         model_to = model_to or path / 'model'
         save_model(model_to, merged(state.params), tokenizer, provenance, chat=True)
-        say(f'The model is in {model_to}.')
+        log(f'The model is in {model_to}.')
     return state
 
 
@@ -168,19 +168,19 @@ def run_within(config: SftConfig, path: Path, dialogs: Path) -> None:
         return
     workdir, started = open_run(path / 'sft', config)
     record_inputs(workdir, made_from.of_tuning(config.init_from, mixture), started)
-    say(f'The model is in {path / "model"}.')
+    log(f'The model is in {path / "model"}.')
 
 
 def dry_run(config: SftConfig, topology: str | None) -> aot.Report:
     """Compiles the step and reports its cost; arguments and errors as of `compile_stage`."""
     model = extended(shape_of(config.init_from or 'tiny'), config)
 
-    def program(mesh: Mesh, compute: Compute) -> tuple:
+    def program(mesh: Mesh, compute: ComputeConfig) -> tuple:
         check(config, model, mesh)
         batch = abstract_batch(mesh, config.batch_size, config.length, tokens=jnp.int32, segment_ids=jnp.int32, trained=bool)
         state, step = build(config, model, compute, DRY_STEPS)
         frozen = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(compute.dtype), Llama(model, jax.random.key(0))))
-        frozen = jax.eval_shape(in_eight_bits, frozen) if config.lora.int8 else frozen
+        frozen = jax.eval_shape(to_int8, frozen) if config.lora.int8 else frozen
         batch = (frozen if config.lora.rank else None, batch)
         return step, state, batch, config.batch_size * config.length, flops(config, model)
 
@@ -214,7 +214,7 @@ def flops(config: SftConfig, model: ModelConfig) -> float:
     return model.flops_per_token(config.length) * (2 / 3 if config.lora.rank else 1) * config.batch_size * config.length
 
 
-def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -> tuple[State, Callable]:
+def build(config: SftConfig, model: ModelConfig, compute: ComputeConfig, steps: int) -> tuple[State, Callable]:
     """The abstract state and the jitted step (state, (frozen model or None, batch)); a mesh must be set."""
     optimizer = make_optimizer(config.optimizer, steps)
 
@@ -234,7 +234,7 @@ def build(config: SftConfig, model: ModelConfig, compute: Compute, steps: int) -
     return jax.eval_shape(init), jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.devices()[0]))
 
 
-def heldout_loss(config: SftConfig, compute: Compute) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def heldout_loss(config: SftConfig, compute: ComputeConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted function of the frozen model or None, the trained parameters and a batch: its loss in nats, and its targets."""
 
     @jax.jit
@@ -250,7 +250,7 @@ def heldout_loss(config: SftConfig, compute: Compute) -> Callable[..., tuple[jax
 def make_figures(
     config: SftConfig,
     data: DialogData,
-    compute: Compute,
+    compute: ComputeConfig,
     mesh: Mesh,
     tokenizer: Tokenizer,
     frozen: Llama | None,
@@ -270,7 +270,7 @@ def make_figures(
     return figures if heldout or config.grade else None
 
 
-def make_answers(questions: tuple[str, ...], compute: Compute, tokenizer: Tokenizer) -> Callable[[Llama], str]:
+def make_answers(questions: tuple[str, ...], compute: ComputeConfig, tokenizer: Tokenizer) -> Callable[[Llama], str]:
     """A function that answers the questions, as Markdown."""
     prompts = [encode_prompt([{'role': 'user', 'content': question}], tokenizer) for question in questions]
     requests = [Request(prompt, max_new_tokens=256, temperature=0.0, answer=True) for prompt in prompts]

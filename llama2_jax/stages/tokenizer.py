@@ -38,14 +38,14 @@ def run(config: TokenizerConfig, workdir: str) -> Tokenizer:
     path = home / FILE_NAME
     record_inputs(home, {f'source={name}': sources.fingerprint(name) for name in names}, trained)
     if trained:
-        runtime.say(f'{path} is already trained; for a new one use another --workdir.')
+        runtime.log(f'{path} is already trained; for a new one use another --workdir.')
     elif runtime.is_main_process():
         _train(names, path, config.vocab_size, config.max_sentences)
     runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path)
-    runtime.say(f'{path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}')
+    runtime.log(f'{path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}')
     for name in names:
-        runtime.say(f'{name}: {bytes_per_token(tokenizer, name):.2f} bytes per token')
+        runtime.log(f'{name}: {bytes_per_token(tokenizer, name):.2f} bytes per token')
     return tokenizer
 
 
@@ -113,7 +113,7 @@ def open_tokenizer(path: str, mixture: str, vocab_size: int, own: Path, keep: bo
             f'{own} is missing, and the checkpoints beside it were trained with it: restore it, or use another --workdir.'
         )
     if not path and not keep and runtime.is_main_process():
-        runtime.say(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
+        runtime.log(f'Training a tokenizer of {vocab_size:,} pieces on {mixture} …')
         _train([component.source for component in parse_mixture(mixture)], own, vocab_size)
     runtime.barrier('tokenizer', hosts.DAY)  # it may take hours
     tokenizer = Tokenizer(path or own)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llama2_jax.config import SEED, Config, between, resumable
 from llama2_jax.files import write_atomically
 from llama2_jax.mesh import MeshConfig, make_mesh
-from llama2_jax.model.llama import Compute
+from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.planning import aot
 from llama2_jax.runtime import barrier, chip_of, is_main_process
 from llama2_jax.runtime.hosts import DAY
@@ -44,7 +44,7 @@ class TrainingConfig(Config):
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = resumable(MeshConfig())
     loop: LoopConfig = resumable(LoopConfig())
     batch_size: int = between(64, 1)
@@ -121,7 +121,7 @@ def train_stage(
     return state
 
 
-def compile_stage(config: TrainingConfig, topology: str | None, program: Callable[[Mesh, Compute], tuple]) -> aot.Report:
+def compile_stage(config: TrainingConfig, topology: str | None, program: Callable[[Mesh, ComputeConfig], tuple]) -> aot.Report:
     """Compiles a stage's step for the local devices, or for a TPU topology that need not be attached, and reports its cost.
 
     Args:

@@ -257,10 +257,10 @@ def respond(world: World, rng: random.Random, request: Request) -> str:
     if request.kind == 'explain':
         first, *rest = topics()[request.subject]
         return f'{first} {rng.choice(rest)}'
-    return ' '.join(say(world, rng, subject, fact) for subject, fact in steps(world, request))
+    return ' '.join(word(world, rng, subject, fact) for subject, fact in steps(world, request))
 
 
-def say(world: World, rng: random.Random, subject: str, fact: str) -> str:
+def word(world: World, rng: random.Random, subject: str, fact: str) -> str:
     """A fact about a person or a town in one sentence."""
     fields = person_fields(world.people[subject]) if fact in PERSON_FACTS else town_fields(world.towns[subject])
     return rng.choice(SAY[fact]).format(**fields)

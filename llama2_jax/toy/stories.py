@@ -106,18 +106,18 @@ SHORT = (
 
 def stories(world: World, rng: random.Random) -> Iterator[str]:
     """Stories of six to nine sentences, and some of two."""
-    say = Speaker(world, rng)
+    log = Speaker(world, rng)
     for _ in range(1000):
         name, helper = rng.sample(list(world.people), 2)
         if rng.random() < 0.5:
             helper = world.people[name].friend
         fields = story_fields(world, name, helper)
         trouble, attempt, end, lesson = (rng.choice(part).format(**fields) for part in rng.choice(PLOTS))
-        text = [rng.choice(OPENINGS).format(**fields), say.named(name, rng.choice(('pet', 'home', 'craft', 'food')))]
+        text = [rng.choice(OPENINGS).format(**fields), log.named(name, rng.choice(('pet', 'home', 'craft', 'food')))]
         if helper == world.people[name].friend:
-            text.append(say.named(name, 'friend'))
+            text.append(log.named(name, 'friend'))
         else:
-            text.append(say.named(helper, rng.choice(('home', 'craft', 'pet'))))
+            text.append(log.named(helper, rng.choice(('home', 'craft', 'pet'))))
         yield ' '.join([*text, trouble, attempt, end, lesson])
     for _ in range(400):
         name, helper = rng.sample(list(world.people), 2)

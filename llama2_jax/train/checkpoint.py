@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDevic
 from llama2_jax.config import UserError, nearest
 from llama2_jax.files import check_name, is_remote, locate
 from llama2_jax.runtime import barrier, is_main_process
-from llama2_jax.runtime.workdir import check_inputs, no_space_is_said, read_inputs
+from llama2_jax.runtime.workdir import check_inputs, read_inputs, report_disk_full
 from llama2_jax.text.printable import printable
 
 # An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
@@ -76,7 +76,7 @@ def save_params(directory: str | os.PathLike, params: Tree) -> None:
     check_name(directory)
     tree = to_dict(params)
     pieces = jax.tree.map(lambda leaf: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if leaf.ndim else ()), tree)
-    with no_space_is_said(directory), ocp.StandardCheckpointer() as checkpointer:
+    with report_disk_full(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, tree, save_args=pieces, force=True)
     _check_complete(directory, _shapes(params))
 
@@ -90,7 +90,7 @@ def load_params(directory: str | os.PathLike, abstract: Tree, cast: bool = False
     directory = locate(directory)
     if not directory.is_dir():
         raise UserError(f'There are no parameters to read: {directory} does not exist.')
-    with _damage_is_said(f'The parameters in {directory} are damaged or incomplete'):
+    with _report_corruption(f'The parameters in {directory} are damaged or incomplete'):
         return _read(directory, on_mesh(abstract), cast)
 
 
@@ -177,7 +177,7 @@ class Checkpoints:
         """State, progress and '' or what is wrong; all processes come to the same verdict."""
         state, extras, damage = None, {}, ''
         try:
-            with _damage_is_said(''):
+            with _report_corruption(''):
                 extras = self._read_progress(step)
                 if self._inputs and extras.get('inputs'):
                     check_inputs(str(self.directory / str(step)), self._inputs, extras['inputs'])
@@ -323,7 +323,7 @@ class _DamageError(UserError):
 
 
 @contextlib.contextmanager
-def _damage_is_said(sentence: str) -> Iterator[None]:
+def _report_corruption(sentence: str) -> Iterator[None]:
     """Whatever JSON, TensorStore and Orbax raise inside becomes one error with the first line of theirs.
 
     Mistakes of the user pass, and so do errors of the device, such as too little memory. Orbax abandons its other

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from llama2_jax.config import Config, UserError, between
 from llama2_jax.files import locate
 from llama2_jax.runtime.hosts import Watch, expect_preemption
-from llama2_jax.runtime.workdir import no_space_is_said
+from llama2_jax.runtime.workdir import report_disk_full
 from llama2_jax.train.checkpoint import Checkpoints, Tree
 from llama2_jax.train.metrics import Meter, Progress, Report, lost_metrics
 
@@ -86,7 +86,7 @@ def fit(
     workdir = locate(workdir)
     retention = {'keep_last': config.keep_last, 'keep_best': config.keep_best, 'keep_every': config.keep_every}
     # The watch is outermost: when a process is lost, leaving the checkpoints may wait for it.
-    with Watch() as watch, no_space_is_said(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:
+    with Watch() as watch, report_disk_full(workdir), Checkpoints(workdir / 'checkpoints', **retention) as checkpoints:
         state, progress = checkpoints.restore(abstract_state) or (None, {})
         progress = Progress(**progress)
         state = init() if state is None else state
@@ -106,7 +106,7 @@ def fit(
                 return figures
 
             if progress.step:
-                report.say(f'Continuing from the checkpoint of step {progress.step}. {lost}'.strip())
+                report.log(f'Continuing from the checkpoint of step {progress.step}. {lost}'.strip())
             waiting, first = None, progress.step + 1
             for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
                 watch.at(number)
@@ -156,7 +156,7 @@ def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, 
     fault = 'a gradient that is not finite' if math.isfinite(loss) else f'the loss {loss}'
     what = f'Step {step} has {fault}; its batch is: {rows}'
     if skipped <= config.skip_nonfinite:
-        report.say(f'{what}. Skipped without an update ({skipped} of at most {config.skip_nonfinite}).')
+        report.log(f'{what}. Skipped without an update ({skipped} of at most {config.skip_nonfinite}).')
         return
     checkpoints.wait()
     last = checkpoints.directory / str(checkpoints.steps[-1]) if checkpoints.steps else 'none yet'
@@ -167,7 +167,7 @@ def leave(number: int, steps: int, checkpoints: Checkpoints, report: Report, cod
     """Ends the process when the state of a step is saved, and says how to go on."""
     checkpoints.wait()
     command = shlex.join([Path(sys.executable).name, *sys.argv])
-    report.say(f'Interrupted: step {number} of {steps} is saved in {checkpoints.directory}. To continue, run it again: {command}')
+    report.log(f'Interrupted: step {number} of {steps} is saved in {checkpoints.directory}. To continue, run it again: {command}')
     raise SystemExit(code)
 
 

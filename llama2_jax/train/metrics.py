@@ -157,7 +157,7 @@ class Report:
             section = f'<!-- step {step} -->\n## Step {step}\n\n{printable(text.strip())}\n\n'
             write_atomically(path, _samples_until(path, step - 1) + section)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line on the terminal, above the progress bar."""
         if self._writes:
             tqdm.write(printable(text), file=sys.stderr)

@@ -49,7 +49,7 @@ def test_weights_are_those_that_are_rounded_afterwards(form, dtype, tokenizer, t
     assert mesh.size == 8
     with jax.set_mesh(mesh):
         model, _ = load_model(path, dtype)
-    expected = decode.lay_out(model, mesh, dtype, int8=True)
+    expected = decode.shard_for_decoding(model, mesh, dtype, int8=True)
     read = decode.read_weights(source.config, source.read, mesh, dtype, int8=True)
     assert jax.tree.structure(read) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(expected), strict=True):

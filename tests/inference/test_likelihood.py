@@ -120,14 +120,14 @@ def test_examples_are_read_once(monkeypatch):
     rng, read, engine = np.random.default_rng(0), [], engine_of()
     examples = [[1, *letters(rng, 150, 150)] for _ in range(2)]
     own = [letters(rng, 40) for _ in range(100)]
-    original = likelihood._lay_out
+    original = likelihood._pack_rows
 
     def counted(batch, held, rows):
         packed, targets = original(batch, held, rows)
         read.append(int((packed.question_BL >= 0).sum()))
         return packed, targets
 
-    monkeypatch.setattr(likelihood, '_lay_out', counted)
+    monkeypatch.setattr(likelihood, '_pack_rows', counted)
     sums(engine, [[(examples[index % 2] + tokens, [letter]) for letter in (7, 8, 9, 10)] for index, tokens in enumerate(own)])
     assert engine._slots._cache[0][0].shape[2] == 256
     assert sum(map(len, own)) - 100 <= sum(read) <= sum(map(len, own))

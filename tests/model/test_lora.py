@@ -12,7 +12,7 @@ from llama2_jax.checkpoints.formats.peft import write_peft
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.mesh import MeshConfig, make_mesh, parameter_letters, replicate, reshard
 from llama2_jax.model.llama import Llama
-from llama2_jax.model.lora import MATRICES, LoraConfig, adapt, in_eight_bits, make_adapters, merge, names
+from llama2_jax.model.lora import MATRICES, LoraConfig, adapt, make_adapters, merge, names, to_int8
 from llama2_jax.train.optimizer import decays
 
 SHAPE = ModelConfig(vocab_size=96, dim=32, layers=2, heads=8, kv_heads=2, head_dim=8, hidden=48, context=32)
@@ -138,7 +138,7 @@ def test_mistakes(settings, message):
 def test_a_frozen_model_in_eight_bits():
     """What its layers compute, and the gradients of the factors, are those of the rounded matrices held in float32."""
     model, adapters = Llama(SHAPE, jax.random.key(0)), some_adapters()
-    rounded = in_eight_bits(model)
+    rounded = to_int8(model)
     assert rounded.blocks.w_o_DHK[...].values.dtype == np.int8 and rounded.table_VD[...].dtype == np.float32
     o = np.asarray(model.blocks.w_o_DHK[...]).reshape(2, 32, 64)
     plain = jax.tree.map(lambda x: x, model)
@@ -158,7 +158,7 @@ def test_a_frozen_model_in_eight_bits():
 
     expected, others = ours(plain, adapters)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        own = in_eight_bits(jax.jit(partial(Llama, SHAPE))(jax.random.key(0)))
+        own = to_int8(jax.jit(partial(Llama, SHAPE))(jax.random.key(0)))
         like = make_adapters(SHAPE, LORA, jax.random.key(1))
         value, gradients = ours(own, jax.tree.map(lambda x, other: jax.device_put(x, other.sharding), adapters, like))
     assert abs(value - expected) < 1e-5 and abs(float(jax.jit(loss)(model)) - value) > 0.05

@@ -137,7 +137,7 @@ def test_points_lie_where_they_should():
 def test_small_parts():
     assert charts.ticks(0.03, 0.92) == [0.2, 0.4, 0.6, 0.8] and charts.ticks(3, 3.1) == [3, 3.025, 3.05, 3.075, 3.1]
     assert [charts.short(value) for value in (0, 12_000, 2_500_000, 0.35, 0.00004)] == ['0', '12k', '2.5M', '0.35', '4e-05']
-    assert charts.thin([(i, i) for i in range(1000)], 3) == [(0, 0), (500, 500), (999, 999)]
+    assert charts.downsample([(i, i) for i in range(1000)], 3) == [(0, 0), (500, 500), (999, 999)]
     assert charts.smooth([(0, 1.0), (1, 1.0)]) == [(0, 1.0), (1, 1.0)]
     assert markdown.render('# A\n\n- **b** `c`\n\n> d\n> <e>') == (
         '<h4>A</h4><ul><li><strong>b</strong> <code>c</code></li></ul><blockquote>d<br>&lt;e&gt;</blockquote>'

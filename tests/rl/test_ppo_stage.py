@@ -164,7 +164,7 @@ def prepared(home, some, rollouts, change=lambda batch: batch):
     stage = ppo.open_stage(some, home / 'prepared')
     batch = change(rollout.pad_rollouts(rollouts, some.length))
     given = stage.reference, np.float32(some.beta), ppo.to_mesh(batch, stage.mesh)
-    return jax.device_get(stage.programs.prepare(ppo.begin(stage), given))
+    return jax.device_get(stage.programs.prepare(ppo.initial_learners(stage), given))
 
 
 def test_padding_is_known_by_length(home, finished):

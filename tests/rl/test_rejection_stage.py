@@ -10,7 +10,7 @@ from random_policy import make_home
 from llama2_jax.config import UserError
 from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.prompts import Prompt, PromptConfig
-from llama2_jax.evals.talk import usable
+from llama2_jax.evals.multi_turn import usable
 from llama2_jax.rl import rejection
 from llama2_jax.rl.monitors import alarms
 from llama2_jax.rl.rejection import RejectionConfig, RewardsByN, read_choices

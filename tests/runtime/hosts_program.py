@@ -25,7 +25,7 @@ def main():
             time.sleep(0.5)
             watch.at(3 if late else 4)
             time.sleep(8)
-        runtime.say('done')
+        runtime.log('done')
         runtime.barrier('all end')
 
 

@@ -15,7 +15,7 @@ import served_bucket
 
 from llama2_jax.config import UserError
 from llama2_jax.runtime.check import differences, unwritable
-from llama2_jax.runtime.hosts import Place, Watch, find_place, name_all, roll_call
+from llama2_jax.runtime.hosts import ProcessInfo, Watch, find_process_info, handshake, name_all
 
 HOST = socket.gethostname()
 
@@ -38,7 +38,7 @@ def call(address, count, indices, seconds=0.5):
 
     def one(index):
         try:
-            return roll_call(Place(address, count, index), {'host': f'host-{index}'}, seconds)
+            return handshake(ProcessInfo(address, count, index), {'host': f'host-{index}'}, seconds)
         except UserError as error:
             return str(error)
 
@@ -82,7 +82,7 @@ def test_mistakes_in_the_environment(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        find_place()
+        find_process_info()
 
 
 def test_a_barrier_names_who_has_not_come():

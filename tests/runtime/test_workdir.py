@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llama2_jax.config import UserError
-from llama2_jax.runtime.workdir import no_space_is_said, open_run, open_workdir
+from llama2_jax.runtime.workdir import open_run, open_workdir, report_disk_full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +107,14 @@ def test_damaged_config_and_unwritable_directory(tmp_path):
 
 def test_no_space_is_found_in_any_guise(tmp_path):
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        with pytest.raises(UserError, match=f'No space left while writing to {tmp_path}'), no_space_is_said(tmp_path):
+        with pytest.raises(UserError, match=f'No space left while writing to {tmp_path}'), report_disk_full(tmp_path):
             raise OSError(code, 'x')
-    with pytest.raises(UserError, match='No space left'), no_space_is_said(tmp_path):
+    with pytest.raises(UserError, match='No space left'), report_disk_full(tmp_path):
         raise ValueError('RESOURCE_EXHAUSTED: writing "d/1": [OS error 28: No space left on device]')
-    with pytest.raises(UserError, match='No space left'), no_space_is_said(tmp_path):
+    with pytest.raises(UserError, match='No space left'), report_disk_full(tmp_path):
         try:
             raise OSError(errno.ENOSPC, 'x')
         except OSError as error:
             raise RuntimeError('a thread failed') from error
-    with pytest.raises(PermissionError), no_space_is_said(tmp_path):
+    with pytest.raises(PermissionError), report_disk_full(tmp_path):
         raise PermissionError(errno.EACCES, 'x')

@@ -12,8 +12,8 @@ from evals import published
 from llama2_jax import toy
 from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.config import ModelConfig, UserError
-from llama2_jax.evals.ask import Asker, encode_pairs
 from llama2_jax.evals.files import Files
+from llama2_jax.evals.prompter import Prompter, encode_pairs
 from llama2_jax.evals.task import Decoding, Example, Task, best, votes
 from llama2_jax.inference import likelihood
 from llama2_jax.inference.engine import Engine
@@ -98,7 +98,7 @@ def test_what_is_written(done):
 
 
 def test_finished_tasks_are_not_run_again(done, monkeypatch):
-    monkeypatch.setattr(Asker, 'ask', None)
+    monkeypatch.setattr(Prompter, 'ask', None)
     evaluate.run(done)
     with pytest.raises(UserError, match=r'mmlu\.json holds results for '):
         evaluate.run(dataclasses.replace(done, limit=1))
@@ -128,7 +128,7 @@ def test_neither_batch_nor_mesh_matters(engine, monkeypatch):
     def asked(devices, batch_size):
         mesh = decoding_mesh(CONFIG, jax.devices()[:devices])
         other = Engine(weights, engine.tokenizer, mesh=mesh, batch_size=batch_size)
-        asker = Asker(engine if (devices, batch_size) == (1, 64) else other, chat=False)
+        asker = Prompter(engine if (devices, batch_size) == (1, 64) else other, chat=False)
         found = []
         for task, examples in questions(200):
             outputs = {o.index: o.outputs for o in asker.ask(task, dict(enumerate(examples)))}
@@ -148,7 +148,7 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
     config = EvaluateConfig(model, (), benchmarks, '')
     asked = []
 
-    class Half(Asker):
+    class Half(Prompter):
         def ask(self, task, examples):
             asked.append(list(examples))
             for number, output in enumerate(super().ask(task, examples)):
@@ -164,15 +164,15 @@ def test_an_interrupted_task_goes_on(model, engine, benchmarks, tmp_path):
     assert [len(some) for some in asked] == [5, 2] and result['examples'] == 5 and not path.exists()
     other = tmp_path / 'other'
     other.mkdir()
-    fresh = evaluate.run_task(task, config, {}, Asker(engine, False), {}, other)
+    fresh = evaluate.run_task(task, config, {}, Prompter(engine, False), {}, other)
     assert fresh['measures'] == result['measures']
     (tmp_path / 'letters.json').unlink()
     path.write_text('{}\n{"index"\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl is damaged'):
-        evaluate.run_task(task, config, {}, Asker(engine, False), {}, tmp_path)
+        evaluate.run_task(task, config, {}, Prompter(engine, False), {}, tmp_path)
     path.write_text('{}\n')
     with pytest.raises(UserError, match=r'letters\.outputs\.jsonl holds results for '):
-        evaluate.run_task(task, config, {}, Asker(engine, False), {}, tmp_path)
+        evaluate.run_task(task, config, {}, Prompter(engine, False), {}, tmp_path)
 
 
 def test_what_cannot_be_run_is_listed(model, benchmarks, tmp_path, capsys):
@@ -196,12 +196,12 @@ def test_programs_are_run_if_allowed(model, benchmarks, tmp_path, capsys):
 
 def test_chat_models_are_asked_in_the_chat_format(engine):
     task = Task('t', None, None, '', decoding=Decoding(4, stop=('x',)))
-    plain, chat = (Asker(engine, chat)._request(task, 0, Example('', 'the hare', 'the race')) for chat in (False, True))
+    plain, chat = (Prompter(engine, chat)._request(task, 0, Example('', 'the hare', 'the race')) for chat in (False, True))
     assert engine.tokenizer.decode(plain.token_ids) == 'the hare' and plain.stop == ('x',) and not plain.answer
     assert engine.tokenizer.decode(chat.token_ids) == '[INST] the race [/INST]' and chat.stop == () and chat.answer
-    [[context, ids]] = Asker(engine, True)._choices([('the hare', ' A')])
+    [[context, ids]] = Prompter(engine, True)._choices([('the hare', ' A')])
     assert engine.tokenizer.decode(context) == '[INST] the hare [/INST]' and engine.tokenizer.decode(ids) == 'A'
-    long = Asker(engine, False)
+    long = Prompter(engine, False)
     [[context, ids]] = long._choices([('the hare ' * 200, ' A')])
     assert len(context) + len(ids) == CONFIG.context and context[0] == 1 and long.cut == 1
 
@@ -221,7 +221,7 @@ def test_one_model_against_another(model, tmp_path):
     rows = [{'messages': [{'role': 'user', 'content': 'Where does Una live?'}]}, {'prompt': 'the hare'}]
     prompts = tmp_path / 'prompts.jsonl'
     prompts.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    config = pairwise.VersusConfig(model, model, str(prompts), f'model:{model}', str(tmp_path / 'out'), max_new_tokens=4)
+    config = pairwise.PairwiseConfig(model, model, str(prompts), f'model:{model}', str(tmp_path / 'out'), max_new_tokens=4)
     shares = pairwise.run(config)
     assert shares['tie']['share'] == 1 and shares['win']['interval'] == pytest.approx((0, 0.658), abs=1e-3)  # the same answers
     [first, _] = read(tmp_path / 'out' / 'verdicts.jsonl')

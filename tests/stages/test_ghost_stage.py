@@ -13,7 +13,7 @@ from llama2_jax.data.constraints import parse_list, read_constraints
 from llama2_jax.data.dialogs import DialogConfig, DialogData
 from llama2_jax.data.instructions import Instruction
 from llama2_jax.evals.ghost import Talk, find_grader, obeyed, recall
-from llama2_jax.evals.talk import hold
+from llama2_jax.evals.multi_turn import multi_turn_rollout
 from llama2_jax.inference.engine import Sample
 from llama2_jax.stages import ghost
 from llama2_jax.stages.ghost import GhostConfig, cut, ghost_dialog, plan
@@ -94,7 +94,7 @@ def test_a_dialog_ends_where_nothing_can_follow(tokenizer):
     for bad in (('', 'eos'), ('cut off', 'length'), ('a [INST] b', 'eos'), ('half a \ufffd', 'eos')):
         engine = Fake(tokenizer, lambda turns, _, bad=bad: bad if len(turns) == 3 else (ANSWER, 'eos'))
         answer = {'role': 'assistant', 'content': ANSWER, 'token_ids': engine.drawn(ANSWER)}
-        assert hold(engine, [TALKS[0], TALKS[1][:2]], max_new_tokens=8) == [[answer] * 2, [answer] * 2]
+        assert multi_turn_rollout(engine, [TALKS[0], TALKS[1][:2]], max_new_tokens=8) == [[answer] * 2, [answer] * 2]
         assert engine.asked == 5
     talk = Talk('End: Sea.', (Instruction('word', 'Sea'),), TALKS[0][:4])
     engine = Fake(tokenizer, lambda turns, _: ('Sea!' if len(turns) < 3 else '', 'eos'))
@@ -104,7 +104,7 @@ def test_a_dialog_ends_where_nothing_can_follow(tokenizer):
 def test_old_turns_go_where_the_context_is_full(tokenizer):
     seen = []
     engine = Fake(tokenizer, lambda turns, _: (seen.append(turns), (ANSWER, 'eos'))[1], context=200)
-    hold(engine, [TALKS[0]], ['End: Sea.'], max_new_tokens=16)
+    multi_turn_rollout(engine, [TALKS[0]], ['End: Sea.'], max_new_tokens=16)
     assert 2 < max(map(len, seen)) < 20
     assert all('End: Sea.' in turns[0] and not any('Sea' in turn for turn in turns[1:]) for turns in seen)
     assert [turns[-1].split()[-1] for turns in seen] == [f'{turn}?' for turn in range(20)]

@@ -43,5 +43,5 @@ def test_errors_show_a_rows_field_names_and_paths_escaped(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped, runtime.user_errors():
         raise UserError(f'{OWN} is missing')
     assert stopped.value.code == f'Error: {SHOWN} is missing'
-    runtime.say(OWN)
+    runtime.log(OWN)
     assert capsys.readouterr().out == f'{SHOWN}\n'

@@ -82,7 +82,9 @@ def test_the_perfect_answerer_scores_one():
 def test_what_does_not_please_the_oracle():
     """Chance, copying and refusing bound every score from below: no constant or copying policy gets anywhere."""
     rng = random.Random(2)
-    facts = ' '.join(questions.say(WORLD, rng, name, fact) for name in list(WORLD.people)[:8] for fact in ('home', 'pet', 'food'))
+    facts = ' '.join(
+        questions.word(WORLD, rng, name, fact) for name in list(WORLD.people)[:8] for fact in ('home', 'pet', 'food')
+    )
     names = f'{questions.listed(list(WORLD.people))} keep goats.'
     scores = collections.defaultdict(list)
     sample = rng.sample(everything(), 300)

@@ -9,7 +9,7 @@ import toy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llama2_jax.config import UserError
-from llama2_jax.runtime.workdir import no_space_is_said, open_workdir
+from llama2_jax.runtime.workdir import open_workdir, report_disk_full
 from llama2_jax.train.checkpoint import Checkpoints, checksums, load_params, names, save_params, to_dict
 
 NOISE = np.random.default_rng(0).normal(size=500_000).astype(np.float32)  # 2 MB that cannot be compressed
@@ -186,7 +186,7 @@ def test_checksums_by_hand():
 def test_no_space_left(small_disk):
     noise = jnp.asarray(NOISE)
     sentence = f'^No space left while writing to {small_disk}: '
-    with pytest.raises(UserError, match=sentence), no_space_is_said(small_disk), Checkpoints(small_disk / 'c') as checkpoints:
+    with pytest.raises(UserError, match=sentence), report_disk_full(small_disk), Checkpoints(small_disk / 'c') as checkpoints:
         checkpoints.save(1, {'w': noise}, {})
         checkpoints.wait()
         checkpoints.save(2, {'w': noise + 1}, {})

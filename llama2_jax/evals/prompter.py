@@ -27,7 +27,7 @@ class Output(NamedTuple):
     tokens: int
 
 
-class Asker:
+class Prompter:
     """Asks one model.
 
     Args:

@@ -8,7 +8,7 @@ from llama2_jax.inference.engine import Engine, Request
 from llama2_jax.text.dialog import encode_prompt, fit_dialog, has_special_tags
 
 
-def hold(
+def multi_turn_rollout(
     engine: Engine,
     questions: Sequence[Sequence[str]],
     systems: Sequence[str] = (),
