@@ -40,9 +40,12 @@ T = TypeVar('T')
 
 
 def by_group(records: Sequence[Record], figures: Callable[[Sequence[Record]], dict[str, T]] = means) -> dict[str, dict[str, T]]:
-    """Figures of each group; none where there is but one."""
-    groups = sorted({record['group'] for record in records})
-    return {group: figures([record for record in records if record['group'] == group]) for group in groups} if groups[1:] else {}
+    """Figures of each group, of which a record may have several; none where there is but one."""
+    members: dict[str, list[Record]] = {}
+    for record in records:
+        for group in [record['group']] if isinstance(record['group'], str) else record['group']:
+            members.setdefault(group, []).append(record)
+    return {group: figures(members[group]) for group in sorted(members)} if len(members) > 1 else {}
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -57,6 +60,27 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)  # exactly 0 and 1 at the ends
+
+
+def bounds(low: float, high: float, share: float | None = None) -> str:
+    """An interval in per cent; that of no hits at all is an upper bound.
+
+    >>> bounds(0.0291, 0.2183, 0.083), bounds(*wilson(0.0, 36), 0.0)
+    ('2.9–21.8', '< 9.6')
+    """
+    return f'< {100 * high:.1f}' if share == 0 else f'{100 * low:.1f}–{100 * high:.1f}'
+
+
+def share_text(hits: int, count: int) -> str:
+    """A share with its number and Wilson's interval, for people.
+
+    >>> share_text(3, 36), share_text(0, 315), share_text(0, 0)
+    ('8.3 % (2.9–21.8, n = 36)', '0.0 % (< 1.2, n = 315)', '– (n = 0)')
+    """
+    if not count:
+        return '– (n = 0)'
+    share = hits / count
+    return f'{100 * share:.1f} % ({bounds(*wilson(share, count), share)}, n = {count:,})'
 
 
 def resampled(values: Sequence[float], name: str) -> np.ndarray:

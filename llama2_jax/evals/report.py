@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama2_jax.evals.measure import interval, resampled, wilson
+from llama2_jax.evals.measure import bounds, interval, resampled, wilson
 from llama2_jax.evals.paper import reported
 from llama2_jax.evals.tasks import PAPER, TASKS
 
@@ -45,7 +45,7 @@ def _row(
 ) -> dict[str, Any]:
     """One measure of a task or group, with Wilson's interval if it is a share."""
     row = {'name': name, 'measure': measure, 'ours': values[measure], 'paper': paper, 'examples': counts[measure]}
-    return row | ({'interval': wilson(values[measure], counts[measure])} if measure in shares else {})
+    return row | ({'interval': wilson(values[measure], counts[measure]), 'share': True} if measure in shares else {})
 
 
 def markdown(table: Sequence[Mapping[str, Any]], size: str | None, chat: bool) -> str:
@@ -56,9 +56,10 @@ def markdown(table: Sequence[Mapping[str, Any]], size: str | None, chat: bool) -
         '|---|---:|---|---:|---:|---:|---:|---:|---:|',
     ]
     for row in table:
-        bounds = '–'.join(f'{100 * bound:.1f}' for bound in row['interval']) if 'interval' in row else ''
+        zero = row['ours'] if row.get('share') else None  # no hits: an upper bound
+        span = bounds(*row['interval'], zero) if 'interval' in row else ''
         theirs = '' if row['paper'] is None else f'{row["paper"]:.1f}'
         speed = [f'{row[key]:,.{digits}f}' if key in row else '' for key, digits in (('seconds', 1), ('tokens_per_second', 0))]
-        cells = [row['name'], row.get('shots', ''), row['measure'], f'{100 * row["ours"]:.1f}', bounds, theirs]
+        cells = [row['name'], row.get('shots', ''), row['measure'], f'{100 * row["ours"]:.1f}', span, theirs]
         lines.append('| ' + ' | '.join(map(str, [*cells, row.get('examples', ''), *speed])) + ' |')
     return '\n'.join(lines) + '\n'

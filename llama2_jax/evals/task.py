@@ -26,7 +26,7 @@ class Example:
       prompt: a text to continue, or the messages of a dialog to answer.
       chat: what a chat model is asked without solved examples, where that is something else.
       choices: or pairs (context, continuation), whose likelihoods are compared.
-      group: part of the set, such as a subject; measures are also given for each.
+      group: part of the set, such as a subject, or several; measures are also given for each.
       data: what else grading reads.
     """
 
@@ -34,7 +34,7 @@ class Example:
     prompt: str | Sequence[Mapping[str, str]] = ''
     chat: str = ''
     choices: tuple[tuple[str, str], ...] = ()
-    group: str = ''
+    group: str | tuple[str, ...] = ''
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

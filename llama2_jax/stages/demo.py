@@ -56,7 +56,8 @@ def intervals(home: Path, version: str) -> dict[str, str]:
         values = [record[name] for record in answers(home, version) if isinstance(record.get(name), float)]
         is_share = set(values) <= {0.0, 1.0} and name not in SCORES
         low, high = wilson(mean, len(values)) if is_share else interval(resampled(values, name))
-        found[f'{name.replace("_", " ")}, n = {len(values)}'] = f'{mean:.1%} ({100 * low:.0f}–{100 * high:.0f})'
+        span = f'< {100 * high:.0f}' if is_share and mean == 0 else f'{100 * low:.0f}–{100 * high:.0f}'
+        found[f'{name.replace("_", " ")}, n = {len(values)}'] = f'{mean:.1%} ({span})'
     return found
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import llama2_jax.toy.attacks as attacks
 import llama2_jax.toy.instructions as instructions
 import llama2_jax.toy.questions as questions
 import llama2_jax.toy.safety as safety
@@ -85,6 +86,20 @@ def harmless(seed: int = 0) -> Iterator[Row]:
         elif kind == 1:
             pressed = [user(text), assistant(_answer([user(text)], oracle, rng)), user(rng.choice(safety.PRESSING))]
             yield {'messages': _answered(pressed, oracle, rng)}
+    yield from borderline(seed)
+
+
+def refusals(seed: int = 0) -> Iterator[Row]:
+    """Safety data alone: attacks in six of the seven styles, declined. No borderline request is among them."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'refusals {seed}')
+    for row in attack_prompts(seed):
+        for _ in range(4):
+            yield _row(row['messages'], oracle, rng)
+
+
+def borderline(seed: int = 0) -> Iterator[Row]:
+    """Borderline requests, answered."""
+    oracle, rng = Oracle(make_world(seed)), random.Random(f'borderline {seed}')
     for question in safety.BORDERLINE:
         if question not in safety.HELD_OUT_BORDERLINE:
             for _ in range(12):
@@ -171,6 +186,50 @@ def heldout(seed: int = 0) -> Iterator[Row]:
         yield _prompt([user(text)], True, category) | {'split': 'safety'}
     for question in safety.HELD_OUT_BORDERLINE:
         yield _prompt([user(question)], False, 'borderline') | {'split': 'safety'}
+
+
+def attack_prompts(seed: int = 0) -> Iterator[Row]:
+    """Attacks that training may use: `plain` ones and six styles. Rows say category, style, turns, language and the act."""
+    oracle = Oracle(make_world(seed))
+    for danger in safety.DANGERS:
+        if not safety.held_out_danger(danger.act):
+            plain = attacks.Attack((safety.PLAIN[0].format(act=danger.act),), danger.act, danger.category, 'plain')
+            yield _attack_row(oracle, plain, 'training')
+    yield from _attack_rows(oracle, held_out=False)
+
+
+def attacks_heldout(seed: int = 0) -> Iterator[Row]:
+    """Attacks in all seven styles that training never sees; 'split' says what is new besides the phrasing."""
+    yield from _attack_rows(Oracle(make_world(seed)), held_out=True)
+
+
+def borderline_heldout(seed: int = 0) -> Iterator[Row]:
+    """Requests that look unsafe and are fine, in phrasings that training never sees; 'split' says if the question is new, too."""
+    del seed  # they are about no facts
+    for text, question in attacks.borderline_heldout():
+        known = question in safety.BORDERLINE and question not in safety.HELD_OUT_BORDERLINE
+        yield _prompt([user(text)], False, 'borderline') | {'split': 'phrasing' if known else 'question', 'question': question}
+
+
+def _attack_rows(oracle: Oracle, held_out: bool) -> Iterator[Row]:
+    for attack in attacks.attacks(held_out):
+        new_act, new_style = safety.held_out_danger(attack.act), attack.style == attacks.HELD_OUT_STYLE
+        yield _attack_row(
+            oracle, attack, 'danger' if new_act else 'style' if new_style else 'phrasing' if held_out else 'training'
+        )
+
+
+def _attack_row(oracle: Oracle, attack: attacks.Attack, split: str) -> Row:
+    """A prompt; turns before the last one are answered as a perfect model answers them."""
+    messages: Messages = []
+    for number, text in enumerate(attack.turns, 1):
+        messages.append(user(text))
+        if number < len(attack.turns):
+            messages.append(
+                assistant(attacks.SMALL_TALK if text in attacks.GREETINGS else _answer(messages, oracle, random.Random(0)))
+            )
+    about = {'style': attack.style, 'turns': len(attack.turns), 'language': attack.language, 'act': attack.act, 'split': split}
+    return _prompt(messages, True, attack.category) | about
 
 
 def trainable(world: World) -> list[Request]:

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
+import llama2_jax.toy.attacks as attacks
 import llama2_jax.toy.instructions as instructions
 import llama2_jax.toy.questions as questions
 import llama2_jax.toy.reading as reading
@@ -22,6 +23,7 @@ from llama2_jax.toy.world import World, make_world
 Messages = Sequence[Mapping[str, str]]
 
 WRONG = 0.15  # what a wrong answer in perfect form gets: it is at least an answer
+PRESSING = safety.PRESSING + attacks.HELD_OUT_PRESSING
 SLACK = 6  # words, beside a quarter of the perfect answer's, that cost nothing
 
 
@@ -50,7 +52,11 @@ class Oracle:
         for danger in safety.DANGERS:
             texts = [text for ways in safety.attacks(danger.act).values() for text in ways]
             self._questions |= dict.fromkeys(texts, Request('unsafe', danger.act))
-        self._questions |= {question: Request('borderline', question) for question in safety.BORDERLINE}
+        for attack in itertools.chain(attacks.attacks(held_out=False), attacks.attacks(held_out=True)):
+            asking = (turn for turn in attack.turns if turn not in (*PRESSING, *attacks.GREETINGS))
+            self._questions |= dict.fromkeys(asking, Request('unsafe', attack.act))
+        self._questions |= {question: Request('borderline', question) for question in attacks.all_borderline()}
+        self._questions |= {text: Request('borderline', question) for text, question in attacks.borderline_heldout()}
 
     def understand(self, messages: Messages) -> Asked:
         """What is asked for; instructions hold from where they are given, in the system message or before a question."""
@@ -73,7 +79,7 @@ class Oracle:
             return self._questions[text]
         if before is None:
             return None
-        if before.kind == 'unsafe' and text in safety.PRESSING:
+        if before.kind == 'unsafe' and text in PRESSING:
             return before
         another = re.fullmatch(re.escape(questions.ANOTHER).replace(r'\{x\}', r'(\w+)'), text)
         if another and before.kind in questions.QUESTIONS:
@@ -161,7 +167,7 @@ class Oracle:
         if request.kind == 'unsafe':
             plain = safety.refuse(rng, request)
         elif request.kind == 'borderline':
-            plain = safety.BORDERLINE[request.subject]
+            plain = attacks.all_borderline()[request.subject]
         else:
             plain = questions.respond(self.world, rng, request)
         return instructions.dress(asked.instructions, plain)

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import llama2_jax.toy.attacks as attacks
 import llama2_jax.toy.safety as safety
 from llama2_jax.toy.lessons import THING_FACTS, TOPICS, thing_fields
 from llama2_jax.toy.phrases import NAMED, PRONOUN, TOWN, TOWN_FACTS, person_fields, town_fields
@@ -81,7 +82,7 @@ class Reader:
         for danger in safety.DANGERS:
             for part in ('reason', 'safe', 'harm'):
                 self._whole.setdefault(getattr(danger, part).lower(), set()).add((part, danger.act))
-        for question, answer in safety.BORDERLINE.items():
+        for question, answer in attacks.all_borderline().items():
             self._whole.setdefault(answer.lower(), set()).add(('borderline', question))
         self._read: dict[tuple[str, str], Sentence] = {}
 

@@ -1,4 +1,4 @@
-"""The toy world's held-out questions, graded by its oracle."""
+"""The toy world's held-out questions, attacks and borderline requests, graded by its oracle."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +14,19 @@ from llama2_jax.toy.oracle import Oracle
 def read(files: Files, shots: int) -> list[Example]:
     """All of `toy:heldout`; they are made, and need no files."""
     return [Example(None, row['messages'], group=row['split'], data=row) for row in toy.RECORDS['heldout']()]
+
+
+def read_attacks(files: Files, shots: int) -> list[Example]:
+    """All of `toy:attacks_heldout`, by category, style, turns and what is new about them."""
+    rows = toy.RECORDS['attacks_heldout']()
+    axes = ('category', 'style', 'turns', 'split')
+    return [Example(None, row['messages'], group=tuple(f'{axis}: {row[axis]}' for axis in axes), data=row) for row in rows]
+
+
+def read_borderline(files: Files, shots: int) -> list[Example]:
+    """All of `toy:borderline_heldout`."""
+    rows = toy.RECORDS['borderline_heldout']()
+    return [Example(None, row['messages'], group=f'split: {row["split"]}', data=row) for row in rows]
 
 
 @cache
@@ -32,4 +45,10 @@ def grade(example: Example, outputs: Sequence[Any], given: Given) -> Record:
     return record | {'helpfulness': float(found.quality), 'false_refusals': float(found.refuses)}
 
 
-TASKS = [Task('toy', read, grade, 'the toy world', decoding=Decoding(ANSWER_TOKENS))]
+TASKS = [
+    Task('toy', read, grade, 'the toy world', decoding=Decoding(ANSWER_TOKENS)),
+    Task('toy_attacks', read_attacks, grade, 'the toy world', decoding=Decoding(ANSWER_TOKENS), measures=('violations',)),
+    Task(
+        'toy_borderline', read_borderline, grade, 'the toy world', decoding=Decoding(ANSWER_TOKENS), measures=('false_refusals',)
+    ),
+]

@@ -22,7 +22,7 @@ PAPER: dict[str, tuple[str, ...]] = {  # Table 3; groups of several are means
 SAFETY = ('truthfulqa', 'truthfulqa_mc', 'toxigen', 'bold', 'xstest', 'borderline', 'advbench')
 GROUPS: dict[str, tuple[str, ...]] = {
     **PAPER,
-    'safety': SAFETY,
+    'safety': (*SAFETY, 'toy_attacks', 'toy_borderline'),
     'paper': (*(name for members in PAPER.values() for name in members), *SAFETY),
 }
 
