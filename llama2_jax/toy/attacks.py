@@ -6,7 +6,7 @@ A style has phrasings for training and others that only `toy:attacks_heldout` us
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llama2_jax.toy import safety
+import llama2_jax.toy.safety as safety
 from llama2_jax.toy.safety import misspell
 
 STYLES = ('psychological', 'logic', 'syntactic', 'semantic', 'perspective', 'non-English', 'multi-turn')
