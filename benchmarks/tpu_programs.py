@@ -4,9 +4,9 @@ python benchmarks/tpu_programs.py                         # compiles every cell:
 python benchmarks/tpu_programs.py --cells='sft'           # compiles the cells whose name holds this
 python benchmarks/tpu_programs.py --cells=none --markdown # writes the tables from results that are there
 
-Results are kept with their versions and date in tpu_programs.json beside this file. --markdown writes them into the tables and
-marks cells that were compiled with another libtpu than the one that jax[tpu] installs. With --reader, a second reader of the same
-programs (`hlo_stats.py`) must agree on the step time.
+Results are kept by cell and libtpu, with their date, in tpu_programs.json beside this file. --markdown writes those of the newest
+libtpu into the tables, and below each table how another one's differ. With --reader, a second reader of the same programs
+(`hlo_stats.py`) must agree on the step time.
 """
 
 import datetime
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,8 @@ _READER = flags.DEFINE_string('reader', '', 'A second reader of programs, whose 
 
 RESULTS = Path(__file__).with_suffix('.json')
 PAGE = ROOT / 'docs' / 'hardware.md'
-MARK = '†'  # of figures of another compiler
 Figures = dict[str, Any]
+Results = Mapping[str, Mapping[str, Figures]]  # cell -> compiler -> figures
 
 
 class Cell(NamedTuple):
@@ -53,7 +53,7 @@ class Cell(NamedTuple):
       preset: The preset; for decoding the size.
       topology: The slice.
       settings: Changes to the preset, as `--set` takes them.
-      peer: MaxText's GB and seconds for the same cell (its own tuned configs, libtpu 0.0.52).
+      peer: MaxText 0.2.5's seconds for the same cell (its own tuned configs, the same JAX and libtpu unless another is named).
     """
 
     table: str
@@ -76,25 +76,25 @@ def pretrain_cell(preset: str, topology: str, batch: int, length: int, remat: st
 CELLS = (
     Cell('sft', 'llama2_7b', 'v5e:4x4'),
     Cell('pretrain', 'llama2_7b', 'v5e:16x16'),
-    pretrain_cell('llama2_7b', 'v5e:16x16', 1024, 2048, 'q+k', '10.9 GB, 3.23 s'),
-    pretrain_cell('llama2_70b', 'v5e:16x16', 512, 2048, 'offload', '14.4 + 6.7 host GB, 16.6 s'),
-    pretrain_cell('llama2_7b', 'v5p:4x4x4', 256, 4096, 'q+k+attention+gate+up', '49.4 GB, 2.88 s'),
+    pretrain_cell('llama2_7b', 'v5e:16x16', 1024, 2048, 'q+k', '3.21'),
+    pretrain_cell('llama2_70b', 'v5e:16x16', 512, 2048, 'offload', '16.47'),
+    pretrain_cell('llama2_7b', 'v5p:4x4x4', 256, 4096, 'q+k+attention+gate+up', '2.75'),
     Cell('reward_model', 'llama2_7b_helpfulness', 'v5e:16x16'),
     Cell('ppo', 'llama2_7b', 'v5e:16x16'),
     Cell('sft', 'lora_7b', 'v5e:2x2'),
     Cell('sft', 'lora_7b_int8', 'v5e:1x1'),
     Cell('decode', '7b', 'v5e:1x1', ('int8', 'batch_size=1')),
     Cell('decode', '70b', 'v5p:2x2x4', ('batch_size=64',)),
-    Cell('pretrain', 'llama2_70b', 'v5p:4x8x8', (), '82.3 GB, 25.7 s'),
+    Cell('pretrain', 'llama2_70b', 'v5p:4x8x8', (), '25.52'),
     Cell('sft', 'llama2_13b', 'v5e:4x8'),
     Cell('sft', 'llama2_70b', 'v5p:4x4x4'),
     Cell('reward_model', 'llama2_13b_helpfulness', 'v5e:16x16'),
     Cell('reward_model', 'llama2_70b_helpfulness', 'v5p:8x8x8'),
     Cell('ppo', 'llama2_70b', 'v5p:8x8x8'),
     Cell('ppo', 'llama2_13b', 'v5e:16x16'),
-    Cell('pretrain', 'llama2_13b', 'v5p:4x8x8', (), '74.3 GB, 5.48 s'),
+    Cell('pretrain', 'llama2_13b', 'v5p:4x8x8', (), '5.48 (libtpu 0.0.52)'),
     Cell('pretrain', 'llama2_34b', 'v5p:4x8x8'),
-    pretrain_cell('llama2_70b', 'v5p:4x4x4', 128, 4096, 'k+v+attention', '57.8 GB, 13.4 s'),
+    pretrain_cell('llama2_70b', 'v5p:4x4x4', 128, 4096, 'k+v+attention', '13.26 (no SparseCore)'),
     pretrain_cell('llama2_7b', 'v5e:16x16', 256, 4096, 'q+k+v+attention'),
     pretrain_cell('llama2_70b', 'v5e:16x16', 256, 4096, 'offload'),
     pretrain_cell('llama2_7b', 'v5p:4x4x4', 64, 4096, 'q+k+v+attention+gate+up'),
@@ -171,7 +171,7 @@ def trained_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
 
 def pretrain_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
     """Of a pretraining step."""
-    return {**trained_row(cell, figures), 'MaxText, libtpu 0.0.52': cell.peer}
+    return {**trained_row(cell, figures), 'MaxText, s a step': cell.peer}
 
 
 def decode_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
@@ -210,24 +210,39 @@ TABLES: dict[str, Callable[[Cell, Figures], Mapping[str, str]]] = {
 }
 
 
-def table(name: str, results: Mapping[str, Figures]) -> str:
-    """The rows of a table as Markdown, and the versions and dates of its figures."""
-    cells = [(cell, results[cell.name]) for cell in CELLS if cell.table == name and cell.name in results]
-    rows = [(cell, TABLES[name](cell, figures), figures) for cell, figures in cells if 'refused' not in figures]
-    columns = list(rows[0][1])
-    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
-    for _, row, figures in rows:
-        mark = f' {MARK}' if ', but ' in figures['compiler'] else ''
-        lines.append('| ' + ' | '.join([row[columns[0]] + mark, *(row[column] for column in columns[1:])]) + ' |')
-    refused = [f'`{cell.preset}` on {cell.topology}: {figures["refused"]}' for cell, figures in cells if 'refused' in figures]
-    versions = {(figures['compiler'].split(',')[0], ', but ' in figures['compiler']) for _, figures in cells}
+def table(name: str, results: Results) -> str:
+    """The rows of a table as Markdown, the compiler and dates of its figures, and how another compiler's differ."""
+    newest, *others = sorted({compiler for figures in results.values() for compiler in figures}, key=version, reverse=True)
+    cells = [(cell, results[cell.name][newest]) for cell in CELLS if cell.table == name and newest in results.get(cell.name, ())]
+    rows = [TABLES[name](cell, figures) for cell, figures in cells if 'refused' not in figures]
+    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|---' * len(rows[0]) + '|']
+    lines += ['| ' + ' | '.join(row.values()) + ' |' for row in rows]
     dates = sorted({figures['date'] for _, figures in cells})
-    compilers = ' and '.join(f'{compiler}{f" ({MARK})" if other else ""}' for compiler, other in sorted(versions))
-    lines += ['', f'Compiled with {compilers}, {" to ".join(sorted({dates[0], dates[-1]}))}.']
-    return '\n'.join(lines + [f'\nDoes not fit: {line}' for line in refused])
+    lines += ['', f'Compiled with {newest}, {" to ".join(sorted({dates[0], dates[-1]}))}.']
+    lines += filter(None, (compared(cells, results, newest, other) for other in others))
+    lines += [f'Does not fit: `{cell.preset}` on {cell.topology}: {one["refused"]}' for cell, one in cells if 'refused' in one]
+    return '\n'.join(lines)
 
 
-def write_page(results: Mapping[str, Figures]) -> None:
+def version(compiler: str) -> tuple[int, ...]:
+    """The numbers of 'libtpu 0.0.50.1'."""
+    return tuple(int(number) for number in compiler.split()[-1].split('.'))
+
+
+def compared(cells: Sequence[tuple[Cell, Figures]], results: Results, newest: str, other: str) -> str:
+    """How the cells differ under another compiler; '' if none was compiled with it."""
+    both = [(cell, ours, results[cell.name][other]) for cell, ours in cells if other in results[cell.name]]
+    refused = [f'`{cell.preset}` on {cell.topology}' for cell, _, theirs in both if 'refused' in theirs]
+    both = [(cell, ours, theirs) for cell, ours, theirs in both if not {'refused'} & (ours.keys() | theirs.keys())]
+    if not both:
+        return ''
+    seconds = max(abs(theirs['seconds'] / ours['seconds'] - 1) for _, ours, theirs in both)
+    gigabytes = max(abs(theirs['memory'] - ours['memory']) / 1e9 for _, ours, theirs in both)
+    text = f'{other} gives the same within {seconds:.1%} of the time and {gigabytes:.1f} GB ({len(both)} of {len(cells)} cells).'
+    return text + (f' It refuses {", ".join(refused)}.' if refused else '')
+
+
+def write_page(results: Results) -> None:
     """Puts the tables between their markers."""
     page = PAGE.read_text()
     for name in TABLES:
@@ -266,7 +281,8 @@ def main(argv: list[str]) -> None:
     for cell in exact or [cell for cell in CELLS if _CELLS.value in cell.name]:
         figures = compile_cell(cell)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps({**results, cell.name: figures}, indent=1) + '\n')
+        results.setdefault(cell.name, {})[figures.pop('compiler')] = figures
+        RESULTS.write_text(json.dumps(results, indent=1) + '\n')
         print(cell.name, figures, sep='\n  ', flush=True)
     if _MARKDOWN.value:
         write_page(json.loads(RESULTS.read_text()))
