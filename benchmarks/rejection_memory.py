@@ -20,7 +20,7 @@ from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.inference.engine import Sample
 from llama2_jax.rl import rejection
 from llama2_jax.rl.rejection import RejectionConfig
-from llama2_jax.rl.rollout import Rewards, RewardsConfig
+from llama2_jax.rl.rewards import Rewards, RewardsConfig
 from llama2_jax.text.tokenizer import train_tokenizer
 
 ANSWERS = flags.DEFINE_multi_integer('answers', [1_000, 100_000], 'How many, in turn.')

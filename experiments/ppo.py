@@ -1,4 +1,4 @@
-"""Aligns a policy with two reward models by PPO.
+"""Aligns a policy with reward models or a function by PPO.
 
 python experiments/ppo.py --workdir=ppo
 """
@@ -48,10 +48,11 @@ def small() -> PPOConfig:
     """A small chat model, a reward model and prompts of your own. Nothing of the toy world is in it.
 
     python experiments/ppo.py --config=small --set init_from=rs/model --set rewards.helpfulness=rm/model \
-      --set rewards.safety=rm/model --set prompts.mixture=jsonl:prompts.jsonl --workdir=ppo
+      --set prompts.mixture=jsonl:prompts.jsonl --workdir=ppo
 
-    A single reward model is given twice. Any hardware that holds policy and value model with their optimizers: 32 bytes for each
-    parameter of one. Without a judge of your own (`judge`), no alarm tells a reward that is hacked from one that is earned.
+    A function may take the place of the reward model: --set rewards.function=file.py:name. Any
+    hardware that holds policy and value model with their optimizers: 32 bytes for each parameter of one.
+    Without a judge of your own (`judge`), no alarm tells a reward that is hacked from one that is earned.
     """
     return PPOConfig(
         prompts=PromptConfig(mixture='jsonl:prompts.jsonl', longest=512),

@@ -12,10 +12,11 @@ from etils.epath import Path
 
 from llama2_jax.checkpoints.directory import is_saved
 from llama2_jax.data.dialogs import DialogConfig
+from llama2_jax.data.mixing import parse_mixture
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.rl import rejection
 from llama2_jax.rl.rejection import RejectionConfig
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.runtime import log
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
@@ -55,9 +56,10 @@ def small() -> RejectionConfig:
     """A small chat model learns the best of eight answers to each prompt of your own. Nothing of the toy world is in it.
 
     python experiments/rejection_sampling.py --config=small --set sample_from=sft/model --set rewards.helpfulness=rm/model \
-      --set rewards.safety=rm/model --set prompts.mixture=jsonl:prompts.jsonl --workdir=rs
+      --set prompts.mixture=jsonl:prompts.jsonl --workdir=rs
 
-    A single reward model is given twice. Any hardware that holds four times the model in float32.
+    A function may take the place of the reward model: --set rewards.function=file.py:name. Any
+    hardware that holds four times the model in float32.
     """
     return RejectionConfig(
         prompts=PromptConfig(mixture='jsonl:prompts.jsonl', longest=512),
@@ -138,15 +140,15 @@ PRESETS = {
 
 
 def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home: Path) -> tuple[str, RewardsConfig]:
-    """The policy and the reward models; in the toy world those that are not given are trained in `home`."""
-    if not prompts.mixture.startswith('toy:'):
+    """The policy and the rewards; where all prompts are of the toy world, what is not given at all is trained in `home`."""
+    if not all(component.source.startswith('toy:') for component in parse_mixture(prompts.mixture)):
         return policy, rewards
     policy = policy or chat.trained(home / 'sft', chat.tiny_v1())
-    for name, config in (('helpfulness', reward_model.tiny_v1()), ('safety', reward_model.tiny_safety())):
-        if not getattr(rewards, name):
+    if not rewards.are_given:
+        log(f'No rewards are given: two reward models of the toy world are trained in {home} first.')
+        for name, config in (('helpfulness', reward_model.tiny_v1()), ('safety', reward_model.tiny_safety())):
             model = home / f'rm-{name}'
             if not is_saved(model / 'model'):
-                log(f'No rewards.{name} is given: one of the toy world is trained in {model} first.')
                 reward_model.run(dataclasses.replace(config, init_from=policy), str(model))
             rewards = dataclasses.replace(rewards, **{name: str(model / 'model')})
     return policy, rewards

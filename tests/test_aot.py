@@ -22,7 +22,7 @@ from llama2_jax.planning import aot
 from llama2_jax.planning.cost import read_program
 from llama2_jax.rl import plan as ppo_plan
 from llama2_jax.rl.ppo import PPOConfig
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.runtime import CHIPS, compiler_options
 from llama2_jax.stages import pretrain
 

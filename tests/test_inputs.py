@@ -13,7 +13,7 @@ from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl import rejection
 from llama2_jax.rl.ppo import open_stage
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.rl.versions import check
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))

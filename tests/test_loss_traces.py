@@ -21,7 +21,7 @@ from llama2_jax.data.pretrain import DataConfig
 from llama2_jax.data.prompts import PromptConfig
 from llama2_jax.rl import ppo
 from llama2_jax.rl.ppo import PPOConfig
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.stages import pretrain, reward, sft
 from llama2_jax.stages.pretrain import PretrainConfig
 from llama2_jax.stages.reward import RewardConfig

@@ -22,7 +22,7 @@ from llama2_jax.rl import collect, ppo, rejection
 from llama2_jax.rl.collect import CollectConfig
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.runtime.workdir import ResumeConfig, resuming
 from llama2_jax.stages import score, sft
 from llama2_jax.stages.sft import SftConfig

@@ -6,7 +6,7 @@ Batch k of a run is a function of (seed, k, mixture) alone. Prompts are few and 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -46,6 +46,7 @@ class Prompt:
       is_safety: tagged as likely to elicit unsafe answers.
       category: for people.
       where: its place, such as 'a.jsonl:17'.
+      row: the other fields of its row that JSON can hold, for reward functions.
     """
 
     messages: list[dict[str, str]]
@@ -53,6 +54,7 @@ class Prompt:
     is_safety: bool
     category: str
     where: str
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class PromptData:
@@ -149,7 +151,15 @@ def read_prompt(record: Record, tokenizer) -> Prompt:
     if not isinstance(fields.get('is_safety', False), bool):
         raise UserError(f'{where}: "is_safety" is {shown(fields["is_safety"])}, not true or false.')
     messages = [{'role': message['role'], 'content': message['content']} for message in messages]
-    return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where)
+    row = {name: value for name, value in fields.items() if name != 'messages' and _is_json(value)}
+    return Prompt(messages, token_ids, fields.get('is_safety', False), str(fields.get('category', '')), where, row)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 def read_questions(source: str) -> Iterator[schemas.Dialog]:

@@ -85,8 +85,10 @@ def dry_run(config: PPOConfig, topology: str | None) -> Plan:
       UserError: the mesh does not divide the config, there is no such slice, or all together do not fit its chips.
     """
     model = shape_of(config.init_from or 'tiny')
-    score = shape_of(config.rewards.helpfulness) if config.rewards.helpfulness else model
+    given = list(config.rewards.models.values())
+    score = shape_of(given[0]) if given else model
     value = shape_of(config.value_from) if config.value_from else score
+    judges = len(given) if config.rewards.are_given else 2
     devices = aot.topology_devices(topology) if topology else None
     mesh, decoding = make_mesh(config.mesh, devices), decoding_mesh(model, devices)
     check_shapes(config, model, value, mesh)
@@ -101,9 +103,9 @@ def dry_run(config: PPOConfig, topology: str | None) -> Plan:
             'policy and optimizer': size(programs.abstract.policy, mesh),
             'value and optimizer': size(programs.abstract.value, mesh),
             'reference': size(reference, mesh),
-            'reward models': 2 * size(judge, mesh),
+            'reward models': judges * size(judge, mesh),
         }
-        phases = learning(config, programs, reference, judge, mesh, compute)
+        phases = learning(config, programs, reference, judge, judges, mesh, compute)
     with jax.set_mesh(decoding):
         held['policy to decode'] = size(decode.abstract_weights(model, compute.dtype), decoding)
     plan = Plan(held, [generating(config, model, decoding), *phases])
@@ -121,8 +123,8 @@ def generating(config: PPOConfig, model: ModelConfig, mesh: Mesh) -> Phase:
     return Phase('generate', report, times, cache + report.temporaries)
 
 
-def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, mesh: Mesh, compute: Any) -> list[Phase]:
-    """Scoring with both models, `prepare`, and `update` on each minibatch."""
+def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, judges: int, mesh: Mesh, compute: Any) -> list[Phase]:
+    """Scoring with all reward models, `prepare`, and `update` on each minibatch."""
     names = {'tokens': jnp.int32, 'answer': bool, 'logprobs': jnp.float32}
     batch = abstract_batch(mesh, config.batch_size, config.length, **names)
     row = NamedSharding(mesh, P(BATCH_AXES))
@@ -142,7 +144,7 @@ def learning(config: PPOConfig, programs: Any, reference: Any, judge: Any, mesh:
 
     minibatches = config.updates * size(minibatch, mesh)
     return [
-        phase('score', score, judge, (tokens, last), 2 * -(-config.batch_size // answers), size((tokens, last), mesh)),
+        phase('score', score, judge, (tokens, last), judges * -(-config.batch_size // answers), size((tokens, last), mesh)),
         phase('prepare', programs.prepare, programs.abstract, given, 1, size(batch, mesh)),
         phase('update', programs.update, programs.abstract, (frozen, minibatch), config.updates, minibatches),
     ]

@@ -30,10 +30,11 @@ from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
 from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, with_adapters
-from llama2_jax.model.reward import ScoreModel, zero_head
+from llama2_jax.model.reward import ScoreModel, with_score, zero_head
 from llama2_jax.ops import returns
-from llama2_jax.rl import monitors, rollout
-from llama2_jax.rl.rollout import Rewards, RewardsConfig, Rollout
+from llama2_jax.rl import monitors, rewards, rollout
+from llama2_jax.rl.rewards import Rewards, RewardsConfig
+from llama2_jax.rl.rollout import Rollout
 from llama2_jax.runtime import barrier, compiler_options, log
 from llama2_jax.runtime.hosts import Watch
 from llama2_jax.runtime.workdir import open_run, record_inputs, report_disk_full
@@ -57,8 +58,9 @@ class PPOConfig(Config):
 
     Attributes:
       init_from: Initial policy, which is also the reference. For a dry run a size such as '7b' is enough.
-      value_from: Reward model that initialises the value model, under a zero head; '': `rewards.helpfulness`. Not in the paper.
-      rewards: Reward models, and how their scores become one.
+      value_from: Reward model that initialises the value model, under a zero head; '': `rewards.helpfulness`, else
+        `rewards.safety`, else the policy. Not in the paper.
+      rewards: Reward models or a function, and how their numbers become one score.
       prompts: Prompts to answer.
       optimizer: Policy optimizer: constant 1e-6.
       value_optimizer: Not in the paper; the learning rate of InstructGPT's smaller models.
@@ -122,6 +124,11 @@ class PPOConfig(Config):
     def has_value(self) -> bool:
         """Whether there is a value model."""
         return self.advantages == 'gae'
+
+    @property
+    def value_model(self) -> str:
+        """What initialises the value model."""
+        return self.value_from or self.rewards.helpfulness or self.rewards.safety or self.init_from
 
     @property
     def length(self) -> int:
@@ -294,26 +301,27 @@ def open_stage(config: PPOConfig, workdir: str) -> Stage:
     Raises:
       UserError: any mistake in the config, a model, the prompts or the workdir.
     """
-    check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety')
+    check_inputs(config, 'init_from')
+    rewards.check(config.rewards)
     monitors.check_judge(config.judge, config.prompts.mixture)
     models = {'init_from': config.init_from} | config.rewards.models
     models |= {'judge': config.judge} if config.judge not in ('', 'oracle') else {}
     tokenizer = common_tokenizer(models)
     mesh = set_mesh(config.mesh)
-    source, value = open_model(config.init_from), open_model(config.value_from or config.rewards.helpfulness)
+    source, value = open_model(config.init_from), open_model(config.value_model)
     check_shapes(config, source.config, value.config, mesh)
     data = PromptData(config.prompts, tokenizer, batch_size=config.batch_size // config.samples, seed=config.seed)
     path, begun = open_run(workdir, config, ('checkpoints/[0-9]*', 'rollouts/*.jsonl'))
-    made = made_from.of_models(models | {'value_from': config.value_from})
+    made = made_from.of_models(models | {'value_from': config.value_from}) | rewards.made_of(config.rewards)
     record_inputs(path, made | made_from.of_mixture('prompts.mixture', config.prompts.mixture), begun)
     compute = config.compute.on(jax.default_backend())
-    rewards = rollout.open_rewards(config.rewards, tokenizer)
+    scores = rewards.open_rewards(config.rewards, tokenizer)
     reference, _ = load_model(config.init_from, compute.dtype)
     log(f'{data}\n{config.iterations:,} iterations of {config.updates} steps, {describe_mesh(mesh)}')
     return Stage(
         config, path, mesh, data,
         engine=Engine(reference, tokenizer, batch_size=config.decode_batch, dtype=compute.dtype),
-        rewards=rewards,
+        rewards=scores,
         judge=monitors.make_judge(config.judge, config.rewards.batch_size),
         programs=build(config, source.config, value.config, compute),
         reference=reference,
@@ -330,7 +338,7 @@ def check_shapes(config: PPOConfig, model: ModelConfig, value: ModelConfig, mesh
 
 
 def initial_learners(stage: Stage) -> Learners:
-    """Learners before the first step: the policy is the reference; the value model is the reward model's trunk, its head zero."""
+    """Learners before the first step: the policy is the reference; the value model is a trunk under a head of zeros."""
     config = stage.config
     if config.lora.rank:
         params = jax.jit(lambda key: make_adapters(stage.engine.config, config.lora, key))(jax.random.key(config.seed))
@@ -338,7 +346,10 @@ def initial_learners(stage: Stage) -> Learners:
         params, _ = load_model(config.init_from, 'float32')
     if not config.has_value:
         return stage.programs.init(params, None)
-    value, _ = load_score_model(config.value_from or config.rewards.helpfulness, 'float32')
+    if open_model(config.value_model).head == 'score_D':
+        value, _ = load_score_model(config.value_model, 'float32')
+    else:
+        value = with_score(load_model(config.value_model, 'float32')[0], jax.random.key(config.seed))
     return stage.programs.init(params, zero_head(value))
 
 

@@ -35,16 +35,9 @@ from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.mesh import make_mesh
-from llama2_jax.rl.rollout import (
-    Rewards,
-    RewardsConfig,
-    Rollout,
-    from_json,
-    open_rewards,
-    read_rollouts,
-    sample_answers,
-    write_rollouts,
-)
+from llama2_jax.rl import rewards as scoring
+from llama2_jax.rl.rewards import Rewards, RewardsConfig, open_rewards
+from llama2_jax.rl.rollout import Rollout, from_json, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs, report_disk_full
 from llama2_jax.stages import sft
@@ -59,7 +52,7 @@ class RejectionConfig(Config):
 
     Attributes:
       sample_from: the policy that answers; the paper's is always the 70B.
-      rewards: the reward models; the best answer is that of the highest score behind the gate, as in PPO.
+      rewards: reward models or a function, as in PPO; the best answer is that of the highest score.
       prompts: what is asked; weights do not count here, each different prompt is asked once.
       count: of prompts; 0: all.
       samples: answers to each; the paper's figures have up to 20, its text 10 to 100.
@@ -102,9 +95,8 @@ def run(config: RejectionConfig, workdir: str) -> None:
     path, begun = open_run(workdir, config, results)
     prompts = made_from.of_mixture('prompts.mixture', config.prompts.mixture)
     earlier = made_from.of_sources('earlier', [f'jsonl:{earlier}/choices.jsonl' for earlier in config.earlier])
-    record_inputs(
-        path, made_from.of_models({'sample_from': config.sample_from} | config.rewards.models) | prompts | earlier, begun
-    )
+    made = made_from.of_models({'sample_from': config.sample_from}) | scoring.made_of(config.rewards)
+    record_inputs(path, made | prompts | earlier, begun)
     if not (path / 'choices.jsonl').exists():
         sample_and_choose(config, path)
     sft.run_within(config.sft, path, path / 'choices.jsonl')
@@ -112,9 +104,9 @@ def run(config: RejectionConfig, workdir: str) -> None:
 
 def check(config: RejectionConfig) -> None:
     """Raises a UserError for what would end the round later, perhaps after all sampling."""
-    check_inputs(config, 'sample_from', 'rewards.helpfulness', 'rewards.safety', 'sft.init_from')
-    models = {'sample_from': config.sample_from, 'sft.init_from': config.sft.init_from}
-    models |= {f'rewards.{name}': getattr(config.rewards, name) for name in ('helpfulness', 'safety')}
+    check_inputs(config, 'sample_from', 'sft.init_from')
+    scoring.check(config.rewards)
+    models = {'sample_from': config.sample_from, 'sft.init_from': config.sft.init_from} | config.rewards.models
     common_tokenizer(models)
     shapes = {field: open_model(path).config for field, path in models.items()}
     sft.check(config.sft, sft.extended(shapes.pop('sft.init_from'), config.sft), make_mesh(config.sft.mesh))

@@ -1,4 +1,4 @@
-"""Answers and what they are worth: prompts → samples → two rewards → the gate. Rejection sampling and PPO share it.
+"""Answers with their scores: prompts → samples → rollouts, which `rewards.py` scores. Rejection sampling and PPO share it.
 
 A rollout is a line of JSON that people can read; written whole, it is read back exactly, so nothing that was sampled is lost.
 """
@@ -8,47 +8,20 @@ import html
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 
-from llama2_jax.config import Config, RewardModel, UserError, between
+from llama2_jax.config import UserError
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.engine import Engine, Request, Sample
-from llama2_jax.inference.open import open_scorer
-from llama2_jax.ops.returns import gate
 from llama2_jax.runtime import barrier, is_main_process
 from llama2_jax.runtime.workdir import report_disk_full
-from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.toy.answers import Verdict, verdict
 from llama2_jax.toy.oracle import Oracle
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardsConfig(Config):
-    """Two reward models, and how their scores become one (paper p15; recipe F.3).
-
-    Attributes:
-      helpfulness, safety: the reward models.
-      threshold: safety decides below this sigmoid of its score.
-      missing_eos_penalty: taken from the score of an answer that was cut off for its length; the paper has nothing of it.
-      batch_size: answers that are scored at a time.
-    """
-
-    helpfulness: RewardModel = ''
-    safety: RewardModel = ''
-    threshold: float = between(0.15, 1e-6, 1 - 1e-6)
-    missing_eos_penalty: float = 1.0
-    batch_size: int = between(64, 1, resumable='anywhere')
-
-    @property
-    def models(self) -> dict[str, str]:
-        """Both reward models by option."""
-        return {'rewards.helpfulness': self.helpfulness, 'rewards.safety': self.safety}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +34,10 @@ class Rollout:
       token_ids: as they were sampled, EOS included where there is one.
       logprobs: of each, as the engine says.
       stop_reason: 'eos', or 'length' for an answer that was cut off.
-      helpfulness, safety: linear scores of the two models.
+      helpfulness, safety: linear scores of the two models, where there are such.
       gated: whether safety's is the one that counts.
-      score: that one, less a penalty for a missing EOS.
+      score: that one with the function's value, less a penalty for a missing EOS.
+      function: the value of the reward function, where there is one.
     """
 
     prompt: Prompt
@@ -71,68 +45,16 @@ class Rollout:
     token_ids: list[int]
     logprobs: list[float]
     stop_reason: str
-    helpfulness: float
-    safety: float
+    helpfulness: float | None
+    safety: float | None
     gated: bool
     score: float
+    function: float | None = None
 
     @property
     def ended(self) -> bool:
         """Whether it stopped by itself."""
         return self.stop_reason == 'eos'
-
-
-class Scores(Protocol):
-    """`inference.scorer.Scorer`, or something that stands in for one."""
-
-    tokenizer: Tokenizer
-
-    def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """A number for each row of token ids."""
-
-
-class Rewards:
-    """The two models together.
-
-    Args:
-      helpfulness, safety: they score the very ids that the policy read and drew.
-      config: how scores become one.
-      tokenizer: the policy's.
-
-    Raises:
-      UserError: a model has another tokenizer than the policy.
-    """
-
-    def __init__(self, helpfulness: Scores, safety: Scores, config: RewardsConfig, tokenizer: Tokenizer):
-        self._models, self._config = (helpfulness, safety), config
-        for name, model in (('helpfulness', helpfulness), ('safety', safety)):
-            if model.tokenizer.model != tokenizer.model:
-                raise UserError(f'rewards.{name}={getattr(config, name)} has another tokenizer than the policy.')
-
-    def __call__(self, answers: Iterable[tuple[Prompt, Sample | Rollout]]) -> list[Rollout]:
-        """Scores the answers; each score depends on its own answer alone."""
-        answers = list(answers)
-        rows = [[*prompt.token_ids, *sample.token_ids] for prompt, sample in answers]
-        helpfulness, safety = (np.asarray(model.score(rows), np.float32) for model in self._models)
-        tags = np.array([prompt.is_safety for prompt, _ in answers], bool)
-        score, gated = (np.asarray(x) for x in gate(*map(jnp.asarray, (helpfulness, safety, tags)), self._config.threshold))
-        cut = np.array([sample.stop_reason == 'length' for _, sample in answers])
-        score = score - np.float32(self._config.missing_eos_penalty) * cut
-        columns = zip(answers, helpfulness.tolist(), safety.tolist(), gated.tolist(), score.tolist(), strict=True)
-        return [
-            Rollout(prompt, sample.text, sample.token_ids, sample.logprobs, sample.stop_reason, *scores)
-            for (prompt, sample), *scores in columns
-        ]
-
-
-def open_rewards(config: RewardsConfig, tokenizer: Tokenizer) -> Rewards:
-    """Both reward models on all devices, for a policy with this tokenizer.
-
-    Raises:
-      UserError: a model cannot be read, or has another tokenizer.
-    """
-    models = (open_scorer(model, config.batch_size) for model in (config.helpfulness, config.safety))
-    return Rewards(*models, config, tokenizer)
 
 
 def sample_answers(
@@ -217,8 +139,7 @@ def figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
     spread = lengths.std() * scores.std()
     return {
         'score': float(scores.mean()),
-        'helpfulness': _mean(rollout.helpfulness for rollout in rollouts),
-        'safety': _mean(rollout.safety for rollout in rollouts),
+        **{name: _mean(getattr(rollout, name) for rollout in rollouts) for name in scored_by(rollouts)},
         'gated': _mean(rollout.gated for rollout in rollouts),
         'eos': _mean(rollout.ended for rollout in rollouts),
         'length': float(lengths.mean()),
@@ -230,12 +151,18 @@ def _mean(values: Iterable[Any]) -> float:
     return float(np.mean([float(value) for value in values]))
 
 
+def scored_by(rollouts: Sequence[Rollout]) -> list[str]:
+    """What gave a number to the answers, of helpfulness, safety and function."""
+    return [name for name in ('helpfulness', 'safety', 'function') if all(getattr(one, name) is not None for one in rollouts)]
+
+
 def show(rollouts: Sequence[Rollout]) -> str:
     """Rollouts as a Markdown table for samples.md."""
-    rows = ['| prompt | answer | helpfulness | safety | counts |', '|---|---|---|---|---|']
+    names = scored_by(rollouts)
+    rows = [f'| prompt | answer | {" | ".join(names)} | score |', '|---|---|' + '---|' * (len(names) + 1)]
     for rollout in rollouts:
         question, answer = rollout.prompt.messages[-1]['content'], rollout.text.strip() + ('' if rollout.ended else ' …')
         cells = [html.escape(' '.join(text.split())).replace('|', '&#124;') for text in (question, answer)]
-        scores = f'{rollout.helpfulness:.2f} | {rollout.safety:.2f} | {"safety" if rollout.gated else "helpfulness"}'
-        rows.append(f'| {" | ".join(cells)} | {scores} |')
+        cells += [f'{value:.2f}' for value in (*(getattr(rollout, name) for name in names), rollout.score)]
+        rows.append(f'| {" | ".join(cells)} |')
     return '\n'.join(rows)

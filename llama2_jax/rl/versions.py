@@ -24,11 +24,13 @@ from llama2_jax.files import save_figure, write_atomically
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, common_tokenizer
 from llama2_jax.rl import collect, ppo, rejection
+from llama2_jax.rl import rewards as scoring
 from llama2_jax.rl.collect import CollectConfig
 from llama2_jax.rl.monitors import check_judge
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
-from llama2_jax.rl.rollout import RewardsConfig, Rollout, by_oracle, open_rewards, read_rollouts, sample_answers, write_rollouts
+from llama2_jax.rl.rewards import RewardsConfig, open_rewards
+from llama2_jax.rl.rollout import Rollout, by_oracle, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.runtime import barrier, is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.safety import context_distillation
@@ -50,7 +52,7 @@ class RlhfConfig(Config):
     Attributes:
       init_from: the chat model to begin with (SFT).
       base: what each version is fine-tuned from; '': init_from.
-      rewards: the reward models of the first version, and of all where no simulated raters compare.
+      rewards: of the first version, and of all where no simulated raters compare; those need a helpfulness model, which learns.
       sample_from: models that answer in place of the versions, one for each; the last one serves all that follow. The paper's
         smaller models learn from its 70B's versions (p14). None given: each version answers for itself.
       versions: how many; the last one adds PPO.
@@ -98,9 +100,10 @@ def run(config: RlhfConfig, workdir: str) -> None:
     """
     check(config)
     path, begun = open_run(workdir, config, ('v1',))
-    models = {'init_from': config.init_from, 'base': config.base} | config.rewards.models
+    models = {'init_from': config.init_from, 'base': config.base}
     models |= {f'sample_from[{number}]': model for number, model in enumerate(config.sample_from)}
-    record_inputs(path, made_from.of_models(models) | made_from.of_sources('evaluation', [config.evaluation]), begun)
+    made = made_from.of_models(models) | scoring.made_of(config.rewards)
+    record_inputs(path, made | made_from.of_sources('evaluation', [config.evaluation]), begun)
     learned: list[Path] = []  # dialogs of Ghost Attention and distillation
     models, done, policy, rewards = {'SFT': config.init_from}, [], config.init_from, config.rewards
     for number in range(1, config.versions + 1):
@@ -136,12 +139,10 @@ def run(config: RlhfConfig, workdir: str) -> None:
 
 def check(config: RlhfConfig) -> None:
     """Raises a UserError for what would end the loop later: names, tokenizers, and prompts that no version can be asked."""
-    check_inputs(config, 'init_from', 'rewards.helpfulness', 'rewards.safety', 'evaluation')
-    models = {
-        'init_from': config.init_from,
-        'rewards.helpfulness': config.rewards.helpfulness,
-        'rewards.safety': config.rewards.safety,
-    }
+    needed = {'rewards.helpfulness': config.collect.raters != 'people', 'rewards.safety': config.distill_before > 0}
+    check_inputs(config, 'init_from', 'evaluation', *(name for name, is_needed in needed.items() if is_needed))
+    scoring.check(config.rewards)
+    models = {'init_from': config.init_from} | config.rewards.models
     models |= {'base': config.base} if config.base else {}
     tokenizer = common_tokenizer(models | {f'sample_from[{i}]': model for i, model in enumerate(config.sample_from)})
     for record in read_records(config.evaluation):
@@ -230,7 +231,8 @@ def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle |
 
 
 def _own(rollout: Rollout) -> float:
-    return rollout.safety if rollout.prompt.is_safety else rollout.helpfulness
+    value = rollout.safety if rollout.prompt.is_safety else rollout.helpfulness
+    return rollout.score if value is None else value
 
 
 def _wins(judge: str, scores: np.ndarray, tags: np.ndarray) -> Rates:

@@ -17,7 +17,8 @@ from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.lora import LoraConfig
 from llama2_jax.rl import ppo, rollout
 from llama2_jax.rl.ppo import PPOConfig
-from llama2_jax.rl.rollout import RewardsConfig, read_rollouts
+from llama2_jax.rl.rewards import RewardsConfig
+from llama2_jax.rl.rollout import read_rollouts
 from llama2_jax.train.metrics import read_metrics
 from llama2_jax.train.optimizer import OptimizerConfig
 

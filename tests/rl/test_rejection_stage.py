@@ -14,7 +14,8 @@ from llama2_jax.evals.multi_turn import usable
 from llama2_jax.rl import rejection
 from llama2_jax.rl.monitors import alarms
 from llama2_jax.rl.rejection import RejectionConfig, RewardsByN, read_choices
-from llama2_jax.rl.rollout import RewardsConfig, Rollout, read_rollouts, write_rollouts
+from llama2_jax.rl.rewards import RewardsConfig
+from llama2_jax.rl.rollout import Rollout, read_rollouts, write_rollouts
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.loop import LoopConfig

@@ -10,7 +10,8 @@ from llama2_jax.data.dialogs import DialogConfig
 from llama2_jax.data.prompts import Prompt
 from llama2_jax.rl import versions
 from llama2_jax.rl.collect import CollectConfig
-from llama2_jax.rl.rollout import RewardsConfig, Rollout
+from llama2_jax.rl.rewards import RewardsConfig
+from llama2_jax.rl.rollout import Rollout
 from llama2_jax.rl.versions import RlhfConfig
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.toy.oracle import Oracle
