@@ -244,3 +244,10 @@ def test_no_toy_model_is_trained_where_a_reward_is_given(monkeypatch):
     nothing = RewardsConfig()
     found = rejection_sampling.beginnings('', nothing, PromptConfig('toy:prompts, jsonl:mine.jsonl'), Path('home'))
     assert found == ('', nothing)
+
+
+def test_the_function_of_the_docs_runs(tmp_path):
+    page = (Path(__file__).parents[2] / 'docs/rewards_and_dpo.md').read_text()
+    (tmp_path / 'my_rewards.py').write_text(page.split('```py\n')[1].split('```')[0])
+    function = rewards.open_function(RewardsConfig(function=f'{tmp_path}/my_rewards.py:short_and_polite'))
+    assert function([[], []], ['Please sit.', 'Sit!'], [{}, {}]) == pytest.approx([0.989, -0.004])
