@@ -76,7 +76,7 @@ def llama2_7b() -> PPOConfig:
 
 
 def llama2_13b() -> PPOConfig:
-    """LLaMA 2 13B with the paper's settings.
+    """LLaMA 2 13B with the paper's settings, on v5e:16x16.
 
     python experiments/ppo.py --config=llama2_13b --set init_from=rs/model --set rewards.helpfulness=rm-help/model \
       --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=ppo13b
@@ -85,7 +85,7 @@ def llama2_13b() -> PPOConfig:
 
 
 def llama2_34b() -> PPOConfig:
-    """LLaMA 2 34B with the paper's settings.
+    """LLaMA 2 34B with the paper's settings, on v5p:4x8x8.
 
     python experiments/ppo.py --config=llama2_34b --set init_from=rs/model --set rewards.helpfulness=rm-help/model \
       --set rewards.safety=rm-safe/model --set 'prompts.mixture=…' --workdir=ppo34b

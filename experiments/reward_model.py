@@ -97,7 +97,7 @@ def small() -> RewardConfig:
 
 
 def llama2_7b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 7B chat model (paper p12); hardware as for fine-tuning it.
+    """Helpfulness, from a 7B chat model (paper p12): v5e:16x16.
 
     python experiments/reward_model.py --config=llama2_7b_helpfulness --set init_from=sft7b/model --workdir=rm
     """
@@ -105,7 +105,7 @@ def llama2_7b_helpfulness() -> RewardConfig:
 
 
 def llama2_13b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 13B chat model (paper p12); hardware as for fine-tuning it.
+    """Helpfulness, from a 13B chat model (paper p12): v5e:16x16.
 
     python experiments/reward_model.py --config=llama2_13b_helpfulness --set init_from=sft13b/model --workdir=rm
     """
@@ -113,7 +113,7 @@ def llama2_13b_helpfulness() -> RewardConfig:
 
 
 def llama2_34b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 34B chat model (paper p12); hardware as for fine-tuning it.
+    """Helpfulness, from a 34B chat model (paper p12): v5p:4x8x8.
 
     python experiments/reward_model.py --config=llama2_34b_helpfulness --set init_from=sft34b/model --workdir=rm
     """
@@ -121,7 +121,7 @@ def llama2_34b_helpfulness() -> RewardConfig:
 
 
 def llama2_70b_helpfulness() -> RewardConfig:
-    """Helpfulness, from a 70B chat model (paper p12); hardware as for fine-tuning it.
+    """Helpfulness, from a 70B chat model (paper p12): v5p:8x8x8.
 
     python experiments/reward_model.py --config=llama2_70b_helpfulness --set init_from=sft70b/model --workdir=rm
     """
@@ -129,7 +129,7 @@ def llama2_70b_helpfulness() -> RewardConfig:
 
 
 def llama2_7b_safety() -> RewardConfig:
-    """Safety, from a 7B chat model (paper p12); hardware as for fine-tuning it.
+    """Safety, from a 7B chat model (paper p12): v5e:16x16.
 
     python experiments/reward_model.py --config=llama2_7b_safety --set init_from=sft7b/model --workdir=rm
     """
@@ -137,7 +137,7 @@ def llama2_7b_safety() -> RewardConfig:
 
 
 def llama2_13b_safety() -> RewardConfig:
-    """Safety, from a 13B chat model (paper p12); hardware as for fine-tuning it.
+    """Safety, from a 13B chat model (paper p12): v5e:16x16.
 
     python experiments/reward_model.py --config=llama2_13b_safety --set init_from=sft13b/model --workdir=rm
     """
@@ -145,7 +145,7 @@ def llama2_13b_safety() -> RewardConfig:
 
 
 def llama2_34b_safety() -> RewardConfig:
-    """Safety, from a 34B chat model (paper p12); hardware as for fine-tuning it.
+    """Safety, from a 34B chat model (paper p12): v5p:4x8x8.
 
     python experiments/reward_model.py --config=llama2_34b_safety --set init_from=sft34b/model --workdir=rm
     """
@@ -153,7 +153,7 @@ def llama2_34b_safety() -> RewardConfig:
 
 
 def llama2_70b_safety() -> RewardConfig:
-    """Safety, from a 70B chat model (paper p12); hardware as for fine-tuning it.
+    """Safety, from a 70B chat model (paper p12): v5p:8x8x8.
 
     python experiments/reward_model.py --config=llama2_70b_safety --set init_from=sft70b/model --workdir=rm
     """

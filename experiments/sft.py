@@ -95,7 +95,7 @@ def small() -> SftConfig:
 
 
 def llama2_7b() -> SftConfig:
-    """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4, 15.8 GB a chip, 7.4 s a step predicted.
+    """LLaMA 2 7B on dialogs, as the paper fine-tuned it (p9): v5e:4x4.
 
     python experiments/sft.py --config=llama2_7b --set init_from=llama2-7b --set 'data.mixture=…' --workdir=sft7b
     """
@@ -103,7 +103,7 @@ def llama2_7b() -> SftConfig:
 
 
 def llama2_13b() -> SftConfig:
-    """LLaMA 2 13B on dialogs, as the paper fine-tuned it (p9): v5e:8x8 (a prediction).
+    """LLaMA 2 13B on dialogs, as the paper fine-tuned it (p9): v5e:4x8.
 
     python experiments/sft.py --config=llama2_13b --set init_from=llama2-13b --set 'data.mixture=…' --workdir=sft13b
     """
@@ -111,7 +111,7 @@ def llama2_13b() -> SftConfig:
 
 
 def llama2_34b() -> SftConfig:
-    """LLaMA 2 34B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x4 (a prediction).
+    """LLaMA 2 34B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x4.
 
     python experiments/sft.py --config=llama2_34b --set init_from=llama2-34b --set 'data.mixture=…' --workdir=sft34b
     """
@@ -119,7 +119,7 @@ def llama2_34b() -> SftConfig:
 
 
 def llama2_70b() -> SftConfig:
-    """LLaMA 2 70B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x8 (a prediction).
+    """LLaMA 2 70B on dialogs, as the paper fine-tuned it (p9): v5p:4x4x4.
 
     python experiments/sft.py --config=llama2_70b --set init_from=llama2-70b --set 'data.mixture=…' --workdir=sft70b
     """
@@ -137,7 +137,7 @@ def llama2(size: str) -> SftConfig:
 
 
 def lora_7b() -> SftConfig:
-    """Adapters for LLaMA 2 7B, frozen in bfloat16, on v5e:2x2: 7.3 GB a chip, 26 s a step predicted.
+    """Adapters for LLaMA 2 7B, frozen in bfloat16, on v5e:2x2.
 
     python experiments/sft.py --config=lora_7b --set init_from=llama2-7b --set 'data.mixture=…' --workdir=lora7b
 
@@ -152,7 +152,7 @@ def lora_7b() -> SftConfig:
 
 
 def lora_7b_int8() -> SftConfig:
-    """Adapters for LLaMA 2 7B, frozen in eight bits, on a single v5e chip: 9.8 GB, 100 s a step predicted.
+    """Adapters for LLaMA 2 7B, frozen in eight bits, on a single chip, v5e:1x1.
 
     python experiments/sft.py --config=lora_7b_int8 --set init_from=llama2-7b --set 'data.mixture=…' --workdir=lora7b
     """

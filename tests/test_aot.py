@@ -1,6 +1,7 @@
 """Dry runs: what is counted, against arithmetic and an independent reader; what fits; and the real sizes."""
 
 import dataclasses
+import json
 import runpy
 from importlib import metadata
 from pathlib import Path
@@ -258,6 +259,11 @@ def test_the_real_sizes_compile_and_fit(model, topology, chips, remat):
     report = pretrain.dry_run(config(MODELS[model], chips, 4096, remat=remat), topology)
     assert report.arguments > 12 * MODELS[model].parameters / chips
     assert 0.3 < report.mfu < 0.7
+    # As docs/hardware.md says: a slower or larger program shows here.
+    results = json.loads((Path(__file__).parents[1] / 'benchmarks' / 'tpu_programs.json').read_text())
+    figures = results[f'pretrain llama2_{model} {topology} batch_size={chips} length=4096 compute.remat={remat}'][report.compiler]
+    assert report.program.seconds == pytest.approx(figures['seconds'], rel=0.01)
+    assert report.memory == pytest.approx(figures['memory'], rel=0.01)
 
 
 @pytest.mark.slow

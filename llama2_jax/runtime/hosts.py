@@ -87,7 +87,10 @@ def join(process: ProcessInfo) -> None:
       UserError: some have not come in time; on process 0 it says which.
     """
     _names[:] = [facts['host'] for facts in handshake(process, {'host': socket.gethostname()}, start_timeout())]
-    jax.distributed.initialize(process.address, process.count, process.index)
+    # JAX gives each task of a Slurm job the one GPU of its number on the node: a node's only task would use one of eight.
+    tasks, nodes = os.environ.get('SLURM_NTASKS'), os.environ.get('SLURM_STEP_NUM_NODES')
+    method = 'deactivate' if tasks and tasks == nodes else None
+    jax.distributed.initialize(process.address, process.count, process.index, cluster_detection_method=method)
     _sigaction(None, _preemption)
     expect_preemption(False)
 

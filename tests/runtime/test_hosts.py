@@ -46,12 +46,12 @@ def call(address, count, indices, seconds=0.5):
         return list(threads.map(one, indices))
 
 
-def test_roll_call():
+def test_handshake():
     everyone = [{'host': f'host-{index}'} for index in range(4)]
     assert call(free_address(), 4, [2, 0, 3, 1], 20) == [everyone] * 4
 
 
-def test_roll_call_names_the_missing(monkeypatch):
+def test_handshake_names_the_missing(monkeypatch):
     assert call(free_address(), 4, [0, 2]) == ['Did not come within 0.5 s: process 1, process 3.'] * 2
     monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 't-0,t-1,t-2')
     assert call(free_address(), 3, [0, 1]) == ['Did not come within 0.5 s: process 2 on t-2.'] * 2
@@ -60,7 +60,7 @@ def test_roll_call_names_the_missing(monkeypatch):
     assert name_all(range(11), [f'h{i}' for i in range(11)]).endswith('process 7 on h7 and 3 more')
 
 
-def test_roll_call_of_different_runs():
+def test_handshake_of_different_runs():
     address = free_address()
     with ThreadPoolExecutor() as threads:
         first = threads.submit(call, address, 3, [0], 5)
@@ -152,3 +152,23 @@ def test_what_is_compiled_is_kept_by_kind_of_processor(tmp_path):
     assert Path(kept).parent == tmp_path / '.cache/llama2_jax/compiled' and Path(kept).is_dir()
     assert json.loads(run(env=environment | {'LLAMA2_JAX_CACHE': '/proc/1'}).stdout) == [None]
     assert json.loads(run(env=environment | {'JAX_COMPILATION_CACHE_DIR': '/x'}).stdout) == ['/x']
+
+
+@pytest.mark.parametrize(('tasks', 'devices'), [(1, ['all']), (2, ['0', '1'])])
+def test_a_slurm_task_takes_all_gpus_of_its_node_unless_there_are_others(tasks, devices):
+    """JAX itself would give the only task of a node the first GPU alone."""
+    code = """
+from jax._src import xla_bridge
+from llama2_jax.runtime import hosts
+hosts.join(hosts.find_process_info())
+print(xla_bridge.CUDA_VISIBLE_DEVICES.value)
+"""
+    port = free_address().rpartition(':')[2]
+    job = {'JOB_ID': '7', 'STEP_NODELIST': 'localhost', 'STEP_NUM_NODES': '1', 'NTASKS': str(tasks)}
+    running = []
+    for index in range(tasks):
+        slurm = job | {'PROCID': str(index), 'LOCALID': str(index)}
+        environment = {**os.environ, 'LLAMA2_JAX_COORDINATOR': 'auto', 'JAX_COORDINATOR_PORT': port}
+        environment |= {f'SLURM_{name}': value for name, value in slurm.items()}
+        running.append(subprocess.Popen([sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE, text=True))
+    assert [task.communicate(timeout=60)[0].strip() for task in running] == devices

