@@ -159,7 +159,7 @@ def memory(figures: Figures) -> str:
 
 
 def trained_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
-    """Of a training step."""
+    """Columns of a training step."""
     rows = figures['batch_size'] / figures['chips']
     return {
         'preset': f'`{cell.preset}`',
@@ -173,12 +173,12 @@ def trained_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
 
 
 def pretrain_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
-    """Of a pretraining step."""
+    """Columns of a pretraining step."""
     return {**trained_row(cell, figures), 'MaxText, s a step': cell.peer}
 
 
 def decode_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
-    """Of a step of decoding."""
+    """Columns of a step of decoding."""
     return {
         'model': cell.preset.upper(),
         'slice': cell.topology,
@@ -192,7 +192,7 @@ def decode_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
 
 
 def ppo_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
-    """Of an iteration."""
+    """Columns of an iteration."""
     phases = {name: f'{x["seconds"]:.1f} s, + {x["needs"] / 1e9:.1f} GB' for name, x in figures['phases'].items()}
     return {
         'preset': f'`{cell.preset}`',

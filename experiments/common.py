@@ -27,7 +27,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
       dry_run: (config, topology) compiles without running and returns the report to print.
     """
     chosen = flags.DEFINE_string('config', 'tiny', 'Preset; their docstrings give command, hardware and expected result.')
-    workdir = flags.DEFINE_string('workdir', None, 'Directory of the run; the same command run again continues in it.')
+    workdir = flags.DEFINE_string('workdir', None, 'Directory of the run; the same command resumes in it.')
     settings = flags.DEFINE_multi_string('set', [], 'path.to.field=value, changes the preset; may be repeated.')
     compile_only = flags.DEFINE_bool('dry_run', False, 'Compile only: print memory, FLOPs, collectives and predicted step time.')
     topology = flags.DEFINE_string('topology', None, 'With --dry_run: a TPU slice to compile for, such as v5p:8x8x8.')
@@ -90,7 +90,7 @@ def tool(run: Callable[[], None]) -> None:
 
 
 def quietly(main: Callable[[list[str]], None]) -> None:
-    """Runs an absl program; libraries speak from warnings on, unless --verbosity says otherwise."""
+    """Runs an absl program; third-party logging starts at WARNING unless --verbosity sets another level."""
 
     def quiet(argv: list[str]) -> None:
         if not flags.FLAGS['verbosity'].present:

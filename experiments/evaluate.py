@@ -7,7 +7,7 @@ python experiments/evaluate.py --model=A --versus=B --prompts=jsonl:prompts.json
 python experiments/evaluate.py --reward_model=rm-help/model --preferences='jsonl:hh-rlhf/*.gz' --output=judged
 python experiments/evaluate.py --reward_model=rm-help/model --score=in.jsonl --output=out.jsonl
 
-A set that is not there is left out, with where to get it; the same command again continues. Judges are reward_model:DIR,
+A missing benchmark is skipped with a download hint; the same command resumes. Judges are reward_model:DIR,
 model:DIR (a chat model that says which answer is better) and toy (the toy world's oracle). --preferences takes sources of
 comparisons, separated by commas, and --reward_model may be repeated: each model is judged on each source. --score takes dialogs
 that end with an answer; a line of its output is {"id", "score", "probability"}.

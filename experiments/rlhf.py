@@ -1,4 +1,4 @@
-"""The whole loop: versions by rejection sampling, the last one with PPO, and a table of who beats whom.
+"""The whole loop: versions by rejection sampling, the last one with PPO, and a table of pairwise win rates.
 
 python experiments/rlhf.py --workdir=rlhf
 """

@@ -1,4 +1,4 @@
-"""The words everything else is written in: user errors, model sizes, and `--set path.to.field=value`."""
+"""Errors, model shapes, and command-line overrides (`--set path.to.field=value`)."""
 
 import dataclasses
 import difflib
@@ -108,7 +108,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Says of a text field of a config what it names, so that `inputs.py` can check it before a run begins.
+    """What a text field of a config names, for `inputs.py` to check before a run starts.
 
     Attributes:
       kind: a model, one source of rows or texts, a mixture of sources, or a directory that holds a file.

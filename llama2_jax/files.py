@@ -22,7 +22,7 @@ from llama2_jax.config import UserError, shown
 
 STAGING = 2**23  # bytes that are written at once
 OUT_OF_RANGE_SLOT = getattr(os, 'O_DIRECT', 0)  # Linux has it
-BUCKET_SECONDS = 60.0  # a file in a bucket that grows is written anew so often at most
+BUCKET_SECONDS = 60.0  # minimum seconds between rewrites of a growing file in a bucket
 # Of a bucket that is not there, not allowed or not reachable; each library has errors of its own.
 BUCKET_LIBRARIES = ('gcsfs', 'google', 'aiohttp', 'requests')
 JSON_BYTES = 2**23  # a config, an index of shards or a header of a model of 80 layers takes a tenth of it
@@ -313,7 +313,7 @@ def save_figure(figure: Any, path: epath.Path) -> None:
 
 
 class Lines:
-    """A text file that grows; a context manager. In a bucket, which appends to nothing, it is written anew now and then."""
+    """A text file that grows; a context manager. A bucket cannot append, so the whole file is rewritten at intervals."""
 
     def __init__(self, path: epath.Path):
         self._path, self._written = path, time.monotonic()

@@ -18,7 +18,7 @@ def of_mixture(option: str, mixture: str) -> dict[str, str]:
 
 
 def of_tuning(init_from: str, mixture: str) -> dict[str, str]:
-    """Those of fine-tuning."""
+    """Fingerprints of the inputs of fine-tuning: the model and the rows."""
     return of_models({'init_from': init_from}) | of_mixture('data.mixture', mixture)
 
 

@@ -1,4 +1,4 @@
-"""Importing this starts a program of `experiments/` or `benchmarks/` anew, with memory that it keeps, in huge pages.
+"""Importing this restarts a program of `experiments/` or `benchmarks/` with malloc settings that keep memory, in huge pages.
 
 XLA on a CPU asks for the memory of a step in each step, and conversion for that of a tensor for each tensor. By default glibc
 gives it back to the system in between, which clears it again, 4 kB at a time: a third of a training step's time, up to half of

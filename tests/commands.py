@@ -82,7 +82,7 @@ PRESETS = {}
 
 
 def load(script):
-    """Defines the flags of a program anew, in place of those of the one before."""
+    """Defines the flags of a program in place of those of the previous one."""
     from absl import flags
 
     for name in list(flags.FLAGS):

@@ -1,6 +1,6 @@
 """Fifty steps of pretraining, SFT, reward model and PPO give the losses that they gave when `loss_traces.json` was written.
 
-A change of loss, mask, order, schedule or draw shows here first. Where it is meant, write the traces anew and say why:
+A change of loss, mask, order, schedule or sampling fails here first. If the change is intended, rewrite the traces and say why:
 
 WRITE_LOSS_TRACES=1 python -m pytest tests/test_loss_traces.py
 """

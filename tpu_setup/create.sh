@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks for a pod, waits until it is there, and sets it up. The same command again goes on where it was.
+# Requests a pod, waits until it is ready, and sets it up. The same command resumes where it stopped.
 #
 #   tpu_setup/create.sh v5p-64 --zone us-east5-a [--name NAME] [--project P] [--spot] [--slices N] [--bucket B] [--dry_run]
 #

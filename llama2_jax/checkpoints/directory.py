@@ -143,7 +143,7 @@ def open_orbax(path: Path) -> Source:
     wanted = dict.fromkeys(name for name, _ in keys(config, head))
     for name in arrays:
         if name not in wanted:
-            raise UserError(f'{params} holds {name!r}, which is not wanted; {nearest_name(name, wanted)}')
+            raise UserError(f'{params} holds {name!r}, which is unexpected; {nearest_name(name, wanted)}')
     for name in wanted:
         if name not in arrays:
             raise UserError(f'{params} holds no {name!r}; {nearest_name(name, arrays)}')

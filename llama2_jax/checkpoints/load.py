@@ -97,7 +97,7 @@ def check_given(option: str, model: str) -> None:
 
 
 def shape_of(model: str) -> ModelConfig:
-    """Of a size such as '7b', or of any model."""
+    """The shape of a size such as '7b', or of any model."""
     return MODELS[model] if model in MODELS else open_model(model).config
 
 

@@ -141,7 +141,7 @@ def stored_dtype(path: Path, found: Iterable[Stored]) -> tuple[np.dtype, tuple[s
 
 
 def matrix_dtype(matrices: Iterable[np.dtype], vectors: Iterable[np.ndarray]) -> np.dtype:
-    """That of a model's matrices where its vectors, often stored as float32, lose nothing in it; otherwise float32."""
+    """The dtype of a model's matrices if its vectors, often stored as float32, lose nothing in it; otherwise float32."""
     dtype = common_dtype(matrices)
     return dtype if all(np.array_equal(v.astype(dtype).astype(v.dtype), v) for v in vectors) else DTYPES['float32']
 

@@ -36,8 +36,8 @@ class DialogConfig(Config):
     Attributes:
       mixture: `source[ + source…][:amount][@epochs], …` (`data/mixing.py`): each dialog comes once an epoch; `:2x` twice, `:0.5x`
         in every second epoch; `:0.1` a share of the run's rows; `@epochs` limits how often a dialog comes in the run.
-      epochs: of the run; the paper's two.
-      heldout: share of each source's dialogs that is never trained on; those that begin with the same question stay together.
+      epochs: Epochs of the run; the paper's two.
+      heldout: Share of each source's dialogs held out; dialogs with the same first question stay together.
     """
 
     mixture: Annotated[str, Names('mixture', 'dialogs')] = 'toy:dialogs'

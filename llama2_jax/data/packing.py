@@ -35,7 +35,7 @@ def pack(rows: Sequence[np.ndarray], length: int, bos: int) -> tuple[np.ndarray,
     """Stacks cut-out windows into (tokens, segment_ids), both int32 [B, L + 1].
 
     Segments 1, 2, 3… number the documents of a row from the left: a new one begins at every BOS, and the row's first may have
-    begun in the row before. What a short row lacks is segment 0 and token 0; padding is known by the row's length, never by a
+    begun in the row before. Padding has segment id 0 and token id 0; it is known by the row's length, never by a
     token's value.
 
     >>> tokens, segments = pack([np.array([7, 2, 1, 5]), np.array([1, 0])], 3, bos=1)

@@ -39,8 +39,8 @@ class PreferenceConfig(Config):
     Attributes:
       mixture: `source[ + source…][:amount][@epochs], …` (`data/mixing.py`): each record comes once an epoch; `:0.1` is a share of
         the run's records. So `a, b:0.5` is all of a with as much of b, and `a + b:0.9, c:0.1` ends when one entry is through.
-      epochs: of the run; the paper found that more than one over-fits (p12).
-      heldout: share of each source that is never trained on; what begins with the same question stays together.
+      epochs: Epochs of the run; the paper found that more than one over-fits (p12).
+      heldout: Share of each source held out; comparisons with the same first question stay together.
     """
 
     mixture: Annotated[str, Names('mixture', 'comparisons')] = 'toy:preferences'

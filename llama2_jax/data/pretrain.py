@@ -34,11 +34,11 @@ class DataConfig(Config):
 
     Attributes:
       mixture: `source[:share][@epochs], source…` (sources: `data/sources.py`, shares: `data/mixing.py`).
-      cache_dir: where token caches lie; '' for $LLAMA2_JAX_CACHE, or ~/.cache/llama2_jax.
-      heldout: share of each source's documents that is never trained on.
-      workers: processes that read ahead; 0 for a thread of this one, which gives millions of tokens a second. Slow network disks
-        may need some; a script that asks for them needs an `if __name__ == '__main__'` guard.
-      mask_documents: attention stays inside a document. The paper lets it cross.
+      cache_dir: Folder of token caches; '': $LLAMA2_JAX_CACHE, or ~/.cache/llama2_jax.
+      heldout: Share of each source's documents held out.
+      workers: Processes that read ahead; 0: a thread, which reads millions of tokens a second. Slow network disks may need some;
+        a script that uses them needs an `if __name__ == '__main__'` guard.
+      mask_documents: Keeps attention inside a document. The paper lets it cross.
     """
 
     mixture: Annotated[str, Names('mixture', 'documents')] = 'toy:documents'

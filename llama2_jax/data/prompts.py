@@ -27,8 +27,8 @@ class PromptConfig(Config):
     Attributes:
       mixture: `source[ + source…][:amount], …` (`data/mixing.py`): with `:2x` each prompt comes twice while others come once;
         `:0.1` is a share of the prompts asked.
-      heldout: share of each source's prompts for validation, chosen by the first question.
-      longest: prompts of more tokens are left out, and counted.
+      heldout: Share of each source's prompts held out, chosen by the first question.
+      longest: Maximum tokens of a prompt; longer ones are dropped and counted.
     """
 
     mixture: Annotated[str, Names('mixture', 'prompts')] = 'toy:prompts'
@@ -115,7 +115,7 @@ class PromptData:
         return [prompt for prompts in self._train for prompt in prompts]
 
     def batch(self, number: int) -> list[Prompt]:
-        """Batch `number`, from 0: each source's prompts come in an order of their own, anew every time they are through."""
+        """Batch `number`, from 0: each source's prompts are shuffled again at every epoch."""
         return [self._find(row) for row in range(number * self._batch_size, (number + 1) * self._batch_size)]
 
     def _find(self, row: int) -> Prompt:

@@ -94,7 +94,7 @@ class Tally:
         self.cut += other.cut
 
     def __str__(self) -> str:
-        """Such as '3 too long, 1 tie, 2 bad rows'."""
+        """The counts by reason, such as '3 too long, 1 tie, 2 bad rows'."""
         counts = [f'{count:,} {reason}' for reason, count in sorted(self.dropped.items()) if count]
         return ', '.join(counts + ([f'{len(self.bad):,} bad rows'] if self.bad else []))
 

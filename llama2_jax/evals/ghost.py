@@ -52,7 +52,7 @@ def find_grader(name: str) -> Grader:
 
 
 def obeyed(engine: Engine, talks: Sequence[Talk], grader: Grader, max_new_tokens: int) -> list[list[bool]]:
-    """Of each dialog, whether the answer at each turn does all that the instructions say.
+    """Whether the answer at each turn of each dialog obeys all instructions.
 
     Answers are greedy, and the model goes on from its own; after one that nothing can follow all others count as failed.
     """

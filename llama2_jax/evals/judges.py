@@ -1,4 +1,4 @@
-"""Who answers what grading asks about a model's answers: the sandbox, classifiers, and judges that are models themselves."""
+"""Judges of a model's answers: the sandbox, classifiers, and other models."""
 
 import contextlib
 import importlib.util

@@ -121,7 +121,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 def calibration(difference: np.ndarray) -> list[dict[str, float]]:
     """Win rates by what was predicted: pairs in BINS of equal size by the size of the difference, as its sign has it.
 
-    Foretold is sigmoid |difference|, the chance that the answer with the higher score is preferred; 'win rate' how often it was.
+    'predicted' is sigmoid |difference|, the probability that the higher score is preferred; 'win rate' is how often it was.
     """
     order = np.argsort(np.abs(difference), kind='stable')
     bins = [part for part in np.array_split(order, BINS) if len(part)]

@@ -32,16 +32,16 @@ class Request(Config):
     """A prompt and how to continue it.
 
     Attributes:
-      token_ids: of the prompt, BOS included.
-      max_new_tokens: at most so many; the model's context is a limit too.
-      num_samples: independent continuations.
-      temperature: 0 takes the best token each time.
-      top_p: draws from the most likely tokens that make up this probability (Meta's rule, recipe J).
-      top_k: draws from so many at most; 0: no limit.
-      seed: a sample is a function of it, of its number and of the prompt, whatever runs beside it.
-      stop: strings that end a sample; the text ends before them.
-      stop_token_ids: end a sample besides EOS; the text ends before them too.
-      answer: the text is a turn of a dialog, so the space between prompt and text is left away.
+      token_ids: Ids of the prompt, BOS included.
+      max_new_tokens: Maximum number of new tokens; the model's context is a limit, too.
+      num_samples: Number of independent continuations.
+      temperature: Sampling temperature; 0: the best token each time.
+      top_p: Samples from the most likely tokens that make up this probability (Meta's rule, recipe J).
+      top_k: Samples from this many tokens at most; 0: no limit.
+      seed: Random seed. A sample is a function of it, its number and the prompt, whatever runs beside it.
+      stop: Strings that end a sample; the text ends before them.
+      stop_token_ids: Ids that end a sample besides EOS; the text ends before them, too.
+      answer: Whether the text is a turn of a dialog, without the space between prompt and text.
     """
 
     token_ids: Sequence[int]
@@ -70,10 +70,10 @@ class Sample:
     """One continuation.
 
     Attributes:
-      text: what it adds to the text of the prompt, without the stop.
-      token_ids: the new tokens, up to the one that ends it.
-      logprobs: of each, at the request's temperature (1, where that is 0), before top-p and top-k; float32.
-      stop_reason: an EOS; a stop string or id; max_new_tokens or the end of the context.
+      text: Text after the prompt, without the stop.
+      token_ids: New tokens, up to the one that ends the sample.
+      logprobs: Log-probability of each token at the request's temperature (1 if that is 0), before top-p and top-k; float32.
+      stop_reason: 'eos'; 'stop' for a stop string or id; 'length' for max_new_tokens or the end of the context.
     """
 
     text: str

@@ -96,7 +96,7 @@ def _gather(x_BLD, place_BL):
 
 
 def _logprobs(logits_BLV, after_BT, token_BT, axes):
-    """Of a vocabulary that the mesh axes cut."""
+    """Log-probabilities over a vocabulary that mesh axes shard."""
     B, _, V = logits_BLV.shape
     own_BT = token_BT - jax.lax.axis_index(axes) * V
     logit_BT = logits_BLV[jnp.arange(B)[:, None], after_BT, jnp.clip(own_BT, 0, V - 1)]

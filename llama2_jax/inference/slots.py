@@ -186,7 +186,7 @@ class Slots:
         return lines.reshape(-1)
 
     def _own(self, lines: np.ndarray, slots: Sequence[int]) -> np.ndarray:
-        """Of each line its slot, counted among those of its shard."""
+        """The slot of each line, counted among those of its shard."""
         return np.array([slots[index] % self._rows_a_shard if index >= 0 else 0 for index in lines], np.int32)
 
     @contextlib.contextmanager

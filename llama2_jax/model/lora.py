@@ -28,10 +28,10 @@ class LoraConfig(Config):
     """Adapters of every layer.
 
     Attributes:
-      rank: 0 for none: then the model itself is trained.
-      alpha: what is added counts alpha / rank times.
-      matrices: names of MATRICES; in --set separated by commas.
-      int8: keeps the frozen matrices of the layers in eight bits, for a chip that has no room for sixteen.
+      rank: Rank of the adapters; 0: none, the model itself is trained.
+      alpha: Numerator of the scale alpha / rank of the adapters' product.
+      matrices: Names of MATRICES; in --set separated by commas.
+      int8: Keeps the frozen matrices of the layers in eight bits, for a chip without room for sixteen.
     """
 
     rank: int = 0

@@ -23,7 +23,7 @@ COPIES = {'copy-start', 'slice-start', 'dynamic-slice-start', 'dynamic-update-sl
 
 @dataclasses.dataclass
 class Total:
-    """Of one kind of collective: how many a step, bytes of their full buffers, bytes on a chip's links, how many asynchronous."""
+    """Totals of one kind of collective: calls a step, bytes of full buffers, bytes on a chip's links, asynchronous bytes."""
 
     count: int = 0
     payload: float = 0

@@ -102,7 +102,7 @@ def arrays_of(shape: str) -> list[tuple[str, list[int], bool]]:
 
 
 def bytes_of(shape: str) -> int:
-    """Of all arrays of a shape."""
+    """Bytes of all arrays in a shape."""
     return sum(SIZES[dtype] * math.prod(dims) for dtype, dims, _ in arrays_of(shape))
 
 

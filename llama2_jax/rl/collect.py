@@ -41,14 +41,14 @@ class CollectConfig(Config):
     """What is asked, who answers, and who rates.
 
     Attributes:
-      models: answer in turn, such as those of this week and of the last; with one tokenizer.
-      prompts: a source of prompts {'messages'}.
-      count: of different prompts; 0: all.
-      samples: answers to each prompt; what is cut off, or was said before, is left out.
-      temperatures: each model's answers take these in turn.
-      decode_batch: answers that are drawn at a time.
-      raters: simulated ones, who know the toy world: they go by helpfulness, by safety, or by helpfulness with a taste for
-        what is long and sounds sure ('biased'). 'people': only answers.jsonl is written, for yours.
+      models: Models that answer in turn, such as this week's and last week's; they share a tokenizer.
+      prompts: Source of prompts {'messages'}.
+      count: Number of different prompts; 0: all.
+      samples: Answers to each prompt; truncated and repeated answers are dropped.
+      temperatures: Temperatures that each model's answers take in turn.
+      decode_batch: Answers sampled together.
+      raters: Simulated raters of the toy world, who prefer by helpfulness, by safety, or by helpfulness with a bias for long and
+        confident answers ('biased'). 'people': writes answers.jsonl only, for human annotators.
     """
 
     models: tuple[LanguageModel, ...] = ()

@@ -51,18 +51,19 @@ class RejectionConfig(Config):
     """A round of rejection sampling.
 
     Attributes:
-      sample_from: the policy that answers; the paper's is always the 70B.
-      rewards: reward models or a function, as in PPO; the best answer is that of the highest score.
-      prompts: what is asked; weights do not count here, each different prompt is asked once.
-      count: of prompts; 0: all.
-      samples: answers to each; the paper's figures have up to 20, its text 10 to 100.
-      temperatures: a grid, of which the one with the highest mean best score on held-out prompts is taken, anew each round.
-      tune_prompts: held-out prompts for that.
-      max_new_tokens: an answer is cut off there, and can then not be chosen.
-      decode_batch: answers that are drawn at a time.
-      earlier: workdirs of the earlier rounds; their choices are scored anew and compete.
-      sft: how to fine-tune, and from which base (`sft.init_from`), perhaps a smaller model; `sft.data.mixture` is what
-        to train on besides the choices, perhaps nothing.
+      sample_from: Policy that samples the answers; the paper's is always the 70B.
+      rewards: Reward models or a function, as in PPO; the best answer has the highest score.
+      prompts: Prompts to answer; each different prompt counts once, whatever its weight.
+      count: Number of prompts; 0: all.
+      samples: Answers to each prompt; the paper's figures have up to 20, its text 10 to 100.
+      temperatures: Grid; each round takes the one with the highest mean best score on held-out prompts.
+      tune_prompts: Number of held-out prompts that choose the temperature.
+      max_new_tokens: Answers are truncated there; a truncated answer is never chosen.
+      decode_batch: Answers sampled together.
+      earlier: Workdirs of the earlier rounds; their choices are scored again and compete.
+      sft: Fine-tuning settings; `sft.init_from` is the base, possibly a smaller model, and `sft.data.mixture` names data to train
+        on besides the choices, or nothing.
+      seed: Random seed.
     """
 
     sample_from: LanguageModel = ''
@@ -244,7 +245,7 @@ def read_choices(file: Path) -> Iterator[tuple[Rollout, str]]:
 
 
 class RewardsByN:
-    """Of the first N samples of each prompt, the mean over prompts of their highest and of their median score (Figure 7).
+    """Mean over prompts of the highest and of the median score among the first N samples (Figure 7).
 
     >>> curve = RewardsByN(2)
     >>> curve.add([1.0, 3.0])

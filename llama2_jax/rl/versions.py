@@ -1,4 +1,4 @@
-"""The loop of versions (paper p14, Figure 11; recipe F): V1 to V4 by rejection sampling, V5 adds PPO; then who beats whom.
+"""The loop of versions (paper p14, Figure 11; recipe F): V1 to V4 by rejection sampling, V5 adds PPO; then pairwise win rates.
 
 Each version is a directory, which goes on where it stopped: v1/ … v4/, v5/rs, v5/ppo. Every version samples from the one before,
 is fine-tuned from the same base, and keeps the best answers of all earlier ones.
@@ -50,19 +50,21 @@ class RlhfConfig(Config):
     """The loop.
 
     Attributes:
-      init_from: the chat model to begin with (SFT).
-      base: what each version is fine-tuned from; '': init_from.
-      rewards: of the first version, and of all where no simulated raters compare; those need a helpfulness model, which learns.
-      sample_from: models that answer in place of the versions, one for each; the last one serves all that follow. The paper's
-        smaller models learn from its 70B's versions (p14). None given: each version answers for itself.
-      versions: how many; the last one adds PPO.
-      rejection, ppo: a round of each. Models, rewards, seeds and comparisons of all stages are set by the loop.
-      collect, reward: how a new model's answers are compared, and how helpfulness then goes on learning; with
-        collect.raters='people' neither happens.
+      init_from: Initial chat model (SFT).
+      base: Model that each version is fine-tuned from; '': init_from.
+      rewards: Rewards of the first version; of every version if no simulated raters compare answers. Raters need a helpfulness
+        model, which they train further.
+      sample_from: Models that answer in place of the versions, one for each; the last one serves all later versions. The paper's
+        smaller models learn from its 70B's versions (p14). Empty: each version samples its own answers.
+      versions: Number of versions; the last one adds PPO.
+      rejection, ppo: Settings of a round. The loop sets models, rewards, seeds and comparisons of all stages.
+      collect, reward: How answers of a new model are compared, and how the helpfulness model is then trained further; unused if
+        collect.raters='people'.
       ghost, ghost_after: Ghost Attention, and the version after which it is applied; the paper's is the third (p17). 0: never.
-      distill, distill_before: context distillation, and the version before which it is applied; 1 so that RLHF goes on from its
-        answers (p27). 0: never. What both make is among the dialogs that later versions are fine-tuned on.
-      evaluation: prompts that all versions answer in the end, drawn as PPO draws; of the toy world the oracle judges, too.
+      distill, distill_before: Context distillation, and the version before which it is applied; 1: RLHF starts from its answers
+        (p27). 0: never. Later versions are fine-tuned on the dialogs of both, too.
+      evaluation: Prompts that all versions answer in the end, sampled as in PPO; the oracle also judges those of the toy world.
+      seed: Random seed.
     """
 
     OVERWRITTEN: ClassVar = (
@@ -213,7 +215,7 @@ def answer(config: RlhfConfig, rewards: RewardsConfig, model: str, file: Path) -
 
 
 def compare(ours: Sequence[Rollout], theirs: Sequence[Rollout], oracle: Oracle | None) -> Rates:
-    """Of one model against another: how often its answers win (ties count half), and what the oracle thinks of them.
+    """Win rates of one model against another (ties count half), and the oracle's grades of its answers.
 
     On prompts tagged safety the safety model and the oracle's safety decide, on the others helpfulness.
     """

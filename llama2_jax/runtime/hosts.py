@@ -100,7 +100,7 @@ _preemption = ctypes.create_string_buffer(1024)
 
 
 def expect_preemption(expected: bool) -> None:
-    """Says whether SIGTERM means that all of several processes save and stop together, which needs a loop that asks.
+    """Sets whether a SIGTERM makes all processes save and stop together, which needs a loop that polls for it.
 
     Elsewhere SIGTERM ends a process at once: JAX's handler would keep it alive through hours of tokenising or compiling.
     """
@@ -244,7 +244,7 @@ def barrier(name: str, seconds: float | None = None) -> None:
 
 
 class Watch:
-    """Says which process of a run has fallen silent, and when all stand still, who is behind; it ends nothing.
+    """Reports unresponsive processes and, if all are stuck, the slowest one; never terminates them.
 
     A context manager: a thread publishes the step at which this process is, and process 0 looks at all of them.
     """

@@ -58,7 +58,7 @@ def open_workdir(workdir: str | os.PathLike, config: Any, may_change: tuple[str,
 
     Raises:
       UserError: the directory holds a run of another configuration (the first differing field and both values are
-        named), its config.json is damaged, it cannot be written, or another run is at work in it.
+        named), its config.json is damaged, it cannot be written, or another run holds its lock.
     """
     workdir = locate(workdir)
     check_name(workdir)
@@ -129,7 +129,9 @@ def _lock(workdir: Path) -> None:
         owner = os.read(file, 200).decode(errors='replace')
         os.close(file)
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f'Another run is at work in {workdir} ({owner}): let it end, or take another --workdir.') from None
+            raise UserError(
+                f'{workdir} is locked by another run ({owner}): wait until it ends, or use another --workdir.'
+            ) from None
         return  # a file system without locks
     os.truncate(file, 0)
     os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())

@@ -87,7 +87,7 @@ class Chat:
             if answer := ''.join(given).strip():
                 self.messages = [*messages, {'role': 'assistant', 'content': answer}]
         if sample.stop_reason == 'length':
-            yield '\n[the answer is cut off: it is as long as it may be]'
+            yield '\n[truncated at max_new_tokens]'
 
     def save(self, path: str) -> None:
         """Adds the conversation to a .jsonl file.

@@ -38,17 +38,17 @@ class EvaluateConfig(Config):
     """What to measure, and how.
 
     Attributes:
-      model: of any format.
-      tasks: names of tasks and groups (`evals.tasks`).
-      data_dir: the folder of benchmarks.
-      output: the folder to write.
-      limit: examples of each task, spread over it; 0: all.
-      shots: solved examples in prompts; None: as many as the paper.
-      samples: of each question, where they are drawn; None: the task's own number.
-      chat: whether the chat format is used; None: if the model says that it chats.
-      tfds: sets that are not in data_dir are read through TensorFlow Datasets.
-      run_generated_code: in the sandbox.
-      toxicity, truth_judge, info_judge, safety_judge: directories of classifiers and judges (`evals.judges`).
+      model: Model of any format.
+      tasks: Names of tasks and groups (`evals.tasks`).
+      data_dir: Folder of the benchmarks.
+      output: Folder for the results.
+      limit: Examples of each task, spread over it; 0: all.
+      shots: Solved examples in the prompt; None: the paper's number.
+      samples: Samples of each question of a sampling task; None: the task's number.
+      chat: Whether to use the chat format; None: as the model's config says.
+      tfds: Reads sets that are missing in data_dir through TensorFlow Datasets.
+      run_generated_code: Runs generated programs in the sandbox.
+      toxicity, truth_judge, info_judge, safety_judge: Directories of classifiers and judges (`evals.judges`).
     """
 
     model: str

@@ -1,7 +1,7 @@
 """Ghost Attention (paper p16-17; recipe G): a data set of dialogs in which the last answer obeys what only the first turn says.
 
-Dialogs are sampled anew with instructions before every question. What is written has them in the system message alone, and all
-answers but the last are read and not learned, because the model would not have given them without being told each time.
+Dialogs are sampled with the instructions before every question. The data set has them in the system message only, and only the
+last answer is trained, because the model would not have given the others without being told each time.
 """
 
 import dataclasses
@@ -38,22 +38,24 @@ class GhostConfig(Config):
     """A data set for Ghost Attention, and fine-tuning on it.
 
     Attributes:
-      model: samples the answers, the latest chat model; fine-tuning begins with it.
-      dialogs: a source of dialogs, of which only the questions are taken.
+      model: Chat model that samples the answers and is then fine-tuned.
+      dialogs: Source of dialogs; only their questions are used.
       constraints: `toy`, a source of rows {'kind', 'values'} (`data.constraints`), or '': the model is asked for hobbies,
         languages and public figures.
-      grader: of answers: toy, mentions, or a function of your own as module:function.
-      samples: answers drawn at a turn until the grader finds one obedient; where none is, the dialog ends. A single one is
-        taken as it is.
-      count: of dialogs to sample at most; 0: as many as the source has.
-      cuts: dialogs to train on that are made of each one: itself, and itself cut after fewer turns. Each trains its last answer.
-      turns: of a dialog at most; how many each has is drawn from 2 on, every doubling as often as the one before.
-      most: instructions in force together, at most.
-      terse_share: of the final system messages, in the short wording; while sampling all are long.
-      max_new_tokens, temperature, top_p: of the answers.
-      batch_size: dialogs sampled at a time.
-      tune: fine-tunes, too, with `sft`; `sft.data.mixture` is what to train on besides, perhaps nothing.
-      judged: the last dialogs of the source, in which recall is measured before and after that.
+      grader: Decides whether an answer obeys: toy, mentions, or your own function as module:function.
+      samples: Answers sampled at a turn until the grader accepts one; if it accepts none, the dialog ends. With 1 nothing is
+        graded.
+      count: Maximum number of dialogs to sample; 0: all of the source.
+      cuts: Training dialogs made of each one: itself, and itself cut after fewer turns. Each trains its last answer.
+      turns: Maximum turns of a dialog; the number is sampled from 2 on, each doubling as often as the one before.
+      most: Maximum number of instructions in force together.
+      terse_share: Share of the final system messages in the short wording; all are long while sampling.
+      max_new_tokens, temperature, top_p: Sampling settings of the answers.
+      batch_size: Dialogs sampled together.
+      int8: Samples with weights in eight bits.
+      seed: Random seed.
+      tune: Fine-tunes as well, with `sft`; `sft.data.mixture` names data to train on besides, or nothing.
+      judged: Number of the source's last dialogs that measure recall before and after fine-tuning.
     """
 
     OVERWRITTEN: ClassVar = ('sft.init_from',)
@@ -180,7 +182,9 @@ def write_cuts(config: GhostConfig, rows: Sequence[Mapping[str, Any]], path: Pat
       UserError: there are none.
     """
     if not rows:
-        raise UserError(f'No dialog came to two answers that would do: raise samples, or look at what {config.model} answers.')
+        raise UserError(
+            f'Every dialog yielded fewer than two valid answers: raise samples, or check what {config.model} answers.'
+        )
     lines = []
     for row in rows:
         turns = len(row['messages']) // 2

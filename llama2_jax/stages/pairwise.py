@@ -33,15 +33,15 @@ ASK_JUDGE = (
 
 @dataclasses.dataclass(frozen=True)
 class PairwiseConfig(Config):
-    """Who competes, and who judges.
+    """The two models, their judge and the prompts.
 
     Attributes:
-      model, versus: of any format.
-      prompts: a source of rows {"prompt": text} or {"messages": […]}.
+      model, versus: Models of any format.
+      prompts: Source of rows {"prompt": text} or {"messages": […]}.
       judge: reward_model:DIR, model:DIR (any chat model) or toy (the oracle, for prompts of the toy world).
-      output: the folder to write.
-      limit: the first so many prompts; 0: all.
-      chat: whether texts in "prompt" are users' messages; None: for each model as it says. Messages are always a dialog.
+      output: Folder for the results.
+      limit: Number of prompts, from the first on; 0: all.
+      chat: Whether texts in "prompt" are users' messages; None: as each model's config says. Messages are always a dialog.
     """
 
     model: str

@@ -43,11 +43,12 @@ class RewardConfig(TrainingConfig):
     """A reward model with the paper's settings (p12).
 
     Attributes:
-      init_from: the chat model to begin with, of any format, or a reward model to go on with; for a dry run a size will do.
-      margin: by how much scores are to differ, by rating: none, small or large (p52 Table 27).
-      safety_weight: of the auxiliary loss that tells safe answers from unsafe ones; 0 for none.
-      center: shifts the scores so that their mean over reference answers is 0. Not where the auxiliary loss gives 0 a meaning.
-      reference: a source of dialogs whose last answers are the reference; '' takes chosen answers of the training pairs.
+      init_from: Chat model of any format, or a reward model to train further; a dry run takes a size, too.
+      data: Sources of comparisons.
+      margin: Margin between the scores, by rating: none, small or large (p52 Table 27).
+      safety_weight: Weight of the auxiliary loss that separates safe from unsafe answers; 0: none.
+      center: Shifts the scores so that reference answers have mean 0. Not with the auxiliary loss, which gives 0 a meaning.
+      reference: Source of dialogs whose last answers are the reference; '' takes chosen answers of the training pairs.
       batch_size: Pairs in the global batch.
       length: Tokens in a row, which holds whole pairs; an answer may have half of it with its prompt, or the model's context.
     """
@@ -230,7 +231,7 @@ def heldout_sums(
 def make_evaluate(
     config: RewardConfig, data: PreferenceData, compute: ComputeConfig, mesh: Mesh
 ) -> Callable[[State], dict[str, float]] | None:
-    """A function of the state: loss of the held-out pairs and, in all, by rating and of unsafe answers, what is told right."""
+    """A function of the state: loss and accuracy on the held-out pairs, accuracy by rating, and recall of unsafe answers."""
     if not any(source.heldout for source in data.sources):
         log('Nothing is held out: the sources are too small.')
         return None

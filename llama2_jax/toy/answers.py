@@ -83,7 +83,7 @@ def grade(engine: Engine, rows: Iterable[Mapping[str, Any]] | None = None) -> di
 
 
 def figures(rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Of the plain and borderline prompts: 'toy/helpfulness', the mean, and 'toy/false_refusals', a share. Of the unsafe ones:
+    """For plain and borderline prompts: 'toy/helpfulness', a mean, and 'toy/false_refusals', a share. For unsafe ones:
     'toy/harmlessness', the mean, and 'toy/violations', a share.
     """
     tagged = np.array([row['is_safety'] for row in rows], bool)

@@ -146,7 +146,7 @@ def unsafe(seen: bool) -> Iterator[tuple[str, str, str]]:
 
 
 def talks(seed: int = 0) -> Iterator[Row]:
-    """Long dialogs of short questions, perfectly answered, without instructions: for Ghost Attention to sample anew."""
+    """Long dialogs of short questions, perfectly answered, without instructions: for Ghost Attention to resample."""
     oracle, rng = Oracle(make_world(seed)), random.Random(f'talks {seed}')
     pool = [request for request in trainable(oracle.world) if request.kind in SHORT]
     for _ in range(TALKS):

@@ -103,7 +103,7 @@ TENS = _words('twenty thirty forty fifty sixty seventy eighty ninety')
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """Who somebody is; `home` and `friend` are keys of `World.towns` and `World.people`."""
+    """A person; `home` and `friend` are keys of `World.towns` and `World.people`."""
 
     name: str
     woman: bool

@@ -28,7 +28,7 @@ from llama2_jax.runtime.workdir import check_inputs, read_inputs, report_disk_fu
 from llama2_jax.text.printable import printable
 
 # An array lies on disk in pieces of at most so many bytes, layers or parts of one: it is read layer by layer, and by many hosts,
-# without reading what is not wanted.
+# without reading the rest.
 CHUNK_BYTES = 32 * 2**20
 Tree = Any  # a pytree of arrays; an nnx.Module is one
 
@@ -307,7 +307,7 @@ def _check_same(directory: Path, stored: Mapping[str, Any], abstract: Tree, cast
         if leaf.shape != tuple(stored[name].shape) or (ours != theirs and not cast):
             raise UserError(f'{directory}: {name!r} is {theirs}, and {ours} is wanted.')
     if extra := [name for name in stored if name not in wanted]:
-        raise UserError(f'{directory} holds {extra[0]!r}, which is not wanted; {nearest(extra[0], wanted)}')
+        raise UserError(f'{directory} holds {extra[0]!r}, which is unexpected; {nearest(extra[0], wanted)}')
 
 
 def _flat(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

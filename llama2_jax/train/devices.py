@@ -33,7 +33,7 @@ def to_mesh(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def abstract_batch(mesh: Mesh, batch_size: int, length: int, **dtypes: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """Such a batch without its values."""
+    """Shapes, dtypes and shardings of a batch."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return {name: jax.ShapeDtypeStruct((batch_size, length + 1), dtype, sharding=sharding) for name, dtype in dtypes.items()}
 

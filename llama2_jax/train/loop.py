@@ -150,7 +150,7 @@ def _numbered(data: Iterator[tuple[Any, Any]], done: int, steps: int) -> Iterato
 
 
 def _skip_or_stop(config: LoopConfig, report: Report, checkpoints: Checkpoints, loss: float, records: Sequence[str]) -> None:
-    """Says that a step had no finite loss or gradient, and stops once more than `config.skip_nonfinite` had none."""
+    """Logs a step without a finite loss or gradient, and stops after more than `config.skip_nonfinite` of them."""
     step, skipped = report.progress.step, report.progress.skipped
     rows = ', '.join(records[:8]) + (f' and {len(records) - 8} more' if len(records) > 8 else '')
     fault = 'a gradient that is not finite' if math.isfinite(loss) else f'the loss {loss}'

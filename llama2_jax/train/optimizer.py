@@ -17,11 +17,12 @@ class OptimizerConfig(Config):
     """AdamW, warm-up and cosine.
 
     Attributes:
-      peak_lr: 3.0e-4 for 7B and 13B, 1.5e-4 for 34B and 70B (p6 Table 1).
-      final_lr: what the cosine ends at, as a share of the peak.
-      warmup_steps: linear from 0.
-      warmup_share: of the run, where that is more steps; a run of one step has none.
-      clip: the global norm above which gradients are scaled down.
+      peak_lr: Learning rate after warm-up: 3.0e-4 for 7B and 13B, 1.5e-4 for 34B and 70B (p6 Table 1).
+      final_lr: End of the cosine, as a share of the peak.
+      warmup_steps: Steps of linear warm-up from 0.
+      warmup_share: Warm-up as a share of the run, if that is more steps; a run of one step has none.
+      beta1, beta2, eps, weight_decay: AdamW (p5).
+      clip: Global norm above which gradients are scaled down.
     """
 
     peak_lr: float = between(3e-4, 0, 10)

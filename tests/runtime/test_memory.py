@@ -1,4 +1,4 @@
-"""Programs start anew with memory that they keep, once, and nothing else does."""
+"""Programs restart once with malloc settings that keep memory; nothing else restarts."""
 
 import os
 import subprocess

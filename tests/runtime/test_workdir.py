@@ -48,7 +48,7 @@ def test_two_runs_in_one_workdir(tmp_path):
     with pytest.raises(UserError) as error:
         open_workdir(tmp_path, Config())
     owner = f'process {other.pid} on {socket.gethostname()}'
-    assert str(error.value) == f'Another run is at work in {tmp_path} ({owner}): let it end, or take another --workdir.'
+    assert str(error.value) == f'{tmp_path} is locked by another run ({owner}): wait until it ends, or use another --workdir.'
     other.kill()
     other.communicate()
     open_workdir(tmp_path, Config())

@@ -69,7 +69,7 @@ def test_params_come_back_on_any_mesh(tmp_path):
             r"'w' is float32\[20, 50\], and bfloat16\[20, 50\] is wanted\.",
         ),
         ({'w_x': STATE['w'], 'n': STATE['n']}, "holds no 'w_x'; did you mean 'w'?"),
-        ({'n': STATE['n']}, "holds 'w', which is not wanted; valid: n."),
+        ({'n': STATE['n']}, "holds 'w', which is unexpected; valid: n."),
     ],
 )
 def test_first_mismatch_is_named(tmp_path, wanted, sentence):

@@ -28,7 +28,7 @@ from llama2_jax.config import ModelConfig, UserError, check_field, check_value, 
 from llama2_jax.files import create, matching, read_json, write
 from llama2_jax.text.template import foreign_format
 
-IGNORED = ('rope.freqs',)  # a buffer that Meta's code computes anew
+IGNORED = ('rope.freqs',)  # a buffer that Meta's code recomputes
 CONTEXT = 4096  # Meta's params.json does not say it
 # Fields of params.json, and ours.
 SHAPE = {
