@@ -294,8 +294,11 @@ def joined(records: Iterable[Record], rules: Sequence['Join']) -> Iterator[Recor
     def flush(end: Position | None = None) -> Iterator[Record]:  # None: a group at the end may go on in a file that has grown
         if group:
             where = group[0].where
-            with row_errors(where):
-                whole = rule.join([record.fields for record in group], where)
+            try:
+                with row_errors(where):
+                    whole = rule.join([record.fields for record in group], where)
+            except UserError as error:  # raised where the row is read, and bad rows are counted
+                whole = error
             yield Record(group[0].file, where, whole, end)
             group.clear()
 

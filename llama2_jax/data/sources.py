@@ -35,7 +35,10 @@ EXAMPLES = 16_384  # of a TFDS data set in one part, at least
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A row, its file (or data set), and its place for errors: 'a.jsonl:17'; `value` may be JSON that is not parsed yet."""
+    """A row, its file (or data set), and its place for errors: 'a.jsonl:17'.
+
+    `value` may be JSON that is not parsed yet, or the error that reading `fields` raises.
+    """
 
     file: str
     where: str
@@ -49,6 +52,8 @@ class Record:
         Raises:
           UserError: the row is no object, or no JSON.
         """
+        if isinstance(self.value, UserError):
+            raise self.value
         value = files.parse(self.value, self.where) if isinstance(self.value, bytes) else self.value
         try:
             value = _plain(value) if self.file.startswith('tfds:') else value

@@ -251,3 +251,15 @@ def test_half_a_surrogate_pair_names_file_and_row(source):
     with pytest.raises(UserError, match=r':2 holds a lone surrogate \(U\+D83D\)'):
         [record.fields for record in sources.read_records(source(whole, half))]
     assert [record.fields for record in sources.read_records(source(whole))] == [whole]
+
+
+def test_rows_that_cannot_be_joined_are_bad_rows(tmp_path):
+    """Single answers to one prompt (HelpSteer2): a score that is no number spoils its prompt's rows, not the run."""
+    rows = [{'prompt': f'Q{i // 2}', 'response': f'answer {i}', 'helpfulness': i % 2 * 4} for i in range(12)]
+    rows[4]['helpfulness'] = 'high'
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    settings = {'length': 200, 'context': 100, 'batch_size': 2, 'seed': 0, 'shards': 1}
+    with pytest.raises(UserError, match=r"a\.jsonl:5: 'helpfulness'"):
+        PreferenceData(PreferenceConfig(f'rows:{tmp_path}/a.jsonl', heldout=0.0), Letters(), **settings)
+    data = PreferenceData(PreferenceConfig(f'rows:{tmp_path}/a.jsonl skip=1', heldout=0.0), Letters(), **settings)
+    assert len(data.sources[0].records) == 5 and 'a.jsonl:5' in data.table()
