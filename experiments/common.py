@@ -14,6 +14,7 @@ from llama2_jax.files import check_writable
 from llama2_jax.inputs import check_inputs
 from llama2_jax.planning.aot import TOPOLOGIES
 from llama2_jax.runtime.workdir import ResumeConfig, resuming
+from llama2_jax.text.printable import printable
 
 Presets = Mapping[str, Callable[[], Any]]
 
@@ -45,7 +46,7 @@ def stage(presets: Presets, run: Callable[[Any, str], Any], dry_run: Callable[[A
             if compiles_only(compile_only.value, topology.value):
                 if not dry_run:
                     raise UserError('This stage has nothing to compile, so there is no --dry_run.')
-                print(dry_run(config, topology.value))
+                print(printable(str(dry_run(config, topology.value))))
                 return
             if not workdir.value:
                 raise UserError('--workdir=DIR is missing: name the directory of the run.')

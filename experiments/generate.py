@@ -47,7 +47,7 @@ LENGTH = flags.DEFINE_integer('length', 4096, 'With --dry_run: tokens in the cac
 def run() -> None:
     """Prints the continuations, or writes them to --output."""
     if compiles_only(DRY_RUN.value, TOPOLOGY.value):
-        print(plan.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value))
+        print(printable(plan.dry_run(MODEL.value, TOPOLOGY.value, BATCH_SIZE.value, LENGTH.value, INT8.value)))
         return
     if bool(PROMPTS.value) != bool(OUTPUT.value):
         raise UserError('--prompts and --output belong together: where the prompts are, and where results go.')

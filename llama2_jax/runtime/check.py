@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from llama2_jax import runtime
 from llama2_jax.config import UserError
 from llama2_jax.runtime.hosts import code_fingerprint, find_process_info, handshake, join, start_timeout
+from llama2_jax.text.printable import printable
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'tensorstore', 'grain', 'numpy')
 VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS')  # with others a host compiles another program
@@ -38,7 +39,7 @@ def check(directories: Sequence[str]) -> None:
     mine = facts(directories)
     everyone = handshake(process, mine, start_timeout()) if process else [mine]
     if not process or process.index == 0:
-        print(describe(everyone), flush=True)
+        print(printable(describe(everyone)), flush=True)
     if faults := differences(everyone) + unwritable(everyone):
         raise UserError(' '.join(faults))
     runtime.keep_libtpu_unloaded()

@@ -26,6 +26,7 @@ from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 from llama2_jax.config import UserError
+from llama2_jax.text.printable import printable
 
 DAY = 24 * 3600.0
 _barriers = itertools.count()  # every process comes to the same barriers in the same order
@@ -226,7 +227,7 @@ def barrier(name: str, seconds: float | None = None) -> None:
     def report() -> None:
         here, text = missing()
         if text and jax.process_index() == min(here):  # one speaks for all who wait
-            print(f'Waiting at the barrier {name!r} for {text}.', file=sys.stderr, flush=True)
+            print(printable(f'Waiting at the barrier {name!r} for {text}.'), file=sys.stderr, flush=True)
 
     timer = threading.Timer(start_timeout() / 10, report)
     timer.daemon = True
@@ -297,4 +298,4 @@ class Watch:
     def _log(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
