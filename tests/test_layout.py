@@ -40,7 +40,7 @@ ALLOWED = {
     'inputs': MODEL | {'data'},
     'made_from': MODEL | {'data'},
     'stages': STAGES,
-    'safety': STAGES | {'rl'},
+    'safety': STAGES | {'rl', 'report'},
     'rl': STAGES | {'rl', 'safety'},
     'report': BASE | {'runtime', 'train'},
 }
