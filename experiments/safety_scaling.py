@@ -38,7 +38,7 @@ def run(config: ScalingConfig, workdir: str) -> None:
     home = Path(f'{workdir.rstrip("/")}-models')
     init_from = config.init_from or base.trained(home / 'sft' / 'base', base.tiny())
     rewards = config.rewards
-    if not rewards.helpfulness or not rewards.safety:
+    if not rewards.are_given:
         _, rewards = rejection_sampling.beginnings('', rewards, PromptConfig(), home)
     scaling.run(dataclasses.replace(config, init_from=init_from, rewards=rewards), workdir)
 

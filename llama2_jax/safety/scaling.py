@@ -21,7 +21,8 @@ from llama2_jax.evals.measure import share_text
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, common_tokenizer
-from llama2_jax.rl.rollout import RewardsConfig, Rollout, by_oracle, open_rewards, read_rollouts, sample_answers, write_rollouts
+from llama2_jax.rl.rewards import RewardsConfig, open_rewards
+from llama2_jax.rl.rollout import Rollout, by_oracle, read_rollouts, sample_answers, write_rollouts
 from llama2_jax.runtime import is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages import sft

@@ -8,7 +8,8 @@ import pytest
 from llama2_jax import made_from
 from llama2_jax.config import UserError
 from llama2_jax.inference.engine import Sample
-from llama2_jax.rl.rollout import RewardsConfig, Rollout
+from llama2_jax.rl.rewards import RewardsConfig
+from llama2_jax.rl.rollout import Rollout
 from llama2_jax.safety import scaling
 from llama2_jax.safety.scaling import ScalingConfig, measure
 from llama2_jax.text.tokenizer import train_tokenizer
