@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llama2_jax.evals import sandbox
 from llama2_jax.evals.files import Files, Missing
 from llama2_jax.evals.prompter import encode_pairs
-from llama2_jax.evals.safety import HOME, RefusalClassifier, ToxicityClassifier, read_labelled, sentiments
+from llama2_jax.evals.safety import HOME, RefusalClassifier, ToxicityClassifier, describe, read_labelled, sentiments
 from llama2_jax.inference.open import open_engine, open_scorer
 from llama2_jax.runtime import is_main_process, log
 from llama2_jax.text.dialog import encode_prompt
@@ -49,7 +49,9 @@ def make_helpers(data_dir: str, run_generated_code: bool, toxicity: str, judges:
         for weakness in sandbox.weaknesses():
             log(f'Warning: {weakness}.')
     with contextlib.suppress(Missing):
-        helpers['refuses'] = RefusalClassifier(*read_labelled(Files(data_dir)))
+        labelled = read_labelled(Files(data_dir))
+        helpers['refuses'] = RefusalClassifier(*labelled)
+        log(f'Refusal classifier: {describe(*labelled)}.')
     if importlib.util.find_spec('vaderSentiment'):
         helpers['sentiment'] = sentiments
     if toxicity:

@@ -1,6 +1,7 @@
 """Each benchmark: its published form, what a model is asked, how answers are graded; and the real sets, where they are."""
 
 import json
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,7 +15,7 @@ from llama2_jax.evals import report, sandbox
 from llama2_jax.evals.files import Files, Missing, read_rows
 from llama2_jax.evals.measure import by_group, counts, interval, means, resampled, shares
 from llama2_jax.evals.paper import BASE, reported
-from llama2_jax.evals.safety import RefusalClassifier, read_labelled
+from llama2_jax.evals.safety import RefusalClassifier, describe, read_labelled
 from llama2_jax.evals.task import pass_at
 from llama2_jax.evals.tasks import GROUPS, PAPER, TASKS, expand
 from llama2_jax.evals.tasks.code import humaneval_program, mbpp_program
@@ -312,3 +313,16 @@ def test_refusals_are_learned(fixtures):
         classifier = RefusalClassifier([answers[n] for n in known], [refused[n] for n in known])
         right += [(p >= 0.5) == truth for p, truth in zip(classifier(answers[fold::5]), refused[fold::5], strict=True)]
     assert len(right) == 450 and np.mean(right) > 0.92
+
+
+def test_the_refusal_classifier_states_its_data_and_error(fixtures):
+    answers, refused = read_labelled(real(fixtures))
+    text = describe(answers, refused)
+    assert text.startswith(
+        f'{len(answers):,} answers labelled as in XSTest, of which {sum(refused):,} refuse; on a held-out fifth'
+    )
+    missed, false = (float(share) for share in re.findall(r': ([\d.]+) %', text))
+    assert missed < 25 and false < 25
+    opposite = describe(answers, [number % 2 == 0 for number in range(len(answers))])  # labels that say nothing
+    assert sum(float(share) for share in re.findall(r': ([\d.]+) %', opposite)) > 60
+    assert 'too few' in describe(['No.', 'Yes.'], [True, False])
