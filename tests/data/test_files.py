@@ -151,3 +151,33 @@ def test_formats_are_no_kinds_of_sources(kind):
 
 def test_a_character_that_sentencepiece_reserves_loses_no_line():
     assert list(sentences(['one \u2585 two\nthree'])) == ['one ', ' two', 'three']
+
+
+def varint(number):
+    """A positive whole number as Thrift's compact protocol has it, zigzag."""
+    number, out = number << 1, b''
+    while number > 127:
+        out, number = out + bytes([number & 127 | 128]), number >> 7
+    return out + bytes([number])
+
+
+def test_a_parquet_page_that_claims_two_gigabytes(tmp_path):
+    """The footer's sizes are those of the file; the header of its page lies."""
+    path = tmp_path / 'a.parquet'
+    table = pa.table({'text': ['hello world ' * 50] * 200})
+    pa.parquet.write_table(table, path, compression='zstd', use_dictionary=False, write_statistics=False)
+    data = bytearray(path.read_bytes())
+    column = pa.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start = end = column.data_page_offset + 3  # after the type of the page and the head of the next field
+    while data[end] & 128:
+        end += 1
+    claimed = varint(2_000_000_000)
+    data[start : end + 1] = claimed
+    old, new = (varint(column.total_compressed_size + more) for more in (0, len(claimed) - (end + 1 - start)))
+    footer = len(data) - 400
+    data[footer:] = data[footer:].replace(old, new)
+    path.write_bytes(data)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(UserError, match=r'a\.parquet'):
+        list(read_records(f'rows:{path}'))
+    assert pa.total_allocated_bytes() - before < 1e7
