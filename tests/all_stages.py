@@ -18,7 +18,8 @@ from llama2_jax.rl.collect import CollectConfig
 from llama2_jax.rl.ppo import PPOConfig
 from llama2_jax.rl.rejection import RejectionConfig
 from llama2_jax.rl.rewards import RewardsConfig
-from llama2_jax.stages import generate, reward, score, sft
+from llama2_jax.stages import dpo, generate, reward, score, sft
+from llama2_jax.stages.dpo import DpoConfig
 from llama2_jax.stages.reward import RewardConfig
 from llama2_jax.stages.sft import SftConfig
 from llama2_jax.train.loop import LoopConfig
@@ -61,6 +62,10 @@ def main(home, workdir):
     compared = RewardConfig(init_from=policy, data=data, optimizer=RATE(peak_lr=3e-3), loop=loop, batch_size=8, length=128)
     reward.run(compared, workdir / 'reward')
     score.evaluate([str(workdir / 'reward/model')], [f'jsonl:{home}/pairs.jsonl'], str(workdir / 'judged'), batch_size=8)
+    preferred = DpoConfig(
+        init_from=policy, data=data, optimizer=RATE(peak_lr=3e-3), loop=loop, batch_size=8, length=128, prompts=()
+    )
+    dpo.run(preferred, workdir / 'dpo')
     round_ = RejectionConfig(
         sample_from=policy, rewards=rewards, prompts=prompts, samples=2, temperatures=(0.5, 1.0), tune_prompts=2,
         max_new_tokens=8, decode_batch=16, sft=tuned,

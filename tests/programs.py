@@ -27,12 +27,13 @@ from llama2_jax.model.reward import ScoreModel
 from llama2_jax.planning import aot
 from llama2_jax.rl import ppo
 from llama2_jax.runtime import compiler_options
-from llama2_jax.stages import pretrain, reward, sft
+from llama2_jax.stages import dpo, pretrain, reward, sft
 from llama2_jax.train.devices import abstract_batch
 from llama2_jax.train.optimizer import make_optimizer
 from llama2_jax.train.step import init_state
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
+import dpo as dpo_presets  # noqa: E402
 import ppo as ppo_presets  # noqa: E402
 import pretrain as pretrain_presets  # noqa: E402
 import reward_model as reward_presets  # noqa: E402
@@ -194,7 +195,7 @@ def sft_heldout(target: Target) -> Call:
     return tuning(target, 'llama2_7b', heldout=True)
 
 
-@program('stages.sft.run.init', 'stages.reward.run.init')
+@program('stages.sft.run.init', 'stages.reward.run.init', 'stages.dpo.run.init')
 def first_state(target: Target) -> Call:
     init = jax.jit(partial(init_state, optimizer=make_optimizer(sft_presets.tiny().optimizer, STEPS)), donate_argnums=0)
     return Call(init, (jax.eval_shape(lambda: Llama(target.model, jax.random.key(0))),), target.mesh)
@@ -246,6 +247,33 @@ def reward_step(target: Target) -> Call:
 @program('stages.reward.heldout_sums.sums')
 def reward_heldout(target: Target) -> Call:
     return comparing(target, heldout=True)
+
+
+def preferring(target: Target) -> tuple[dpo.DpoConfig, dict]:
+    """The preset of DPO, and a batch."""
+    config = target.preset(dpo_presets, 'llama2_7b')
+    return config, dpo.abstract_pairs(target.mesh, target.rows(4), config.length, 1 if target.big else 6)
+
+
+@program('stages.dpo.build')
+def dpo_step(target: Target) -> Call:
+    config, batch = preferring(target)
+    state, step = dpo.build(config, target.model, target.compute, STEPS)
+    return Call(step, (state, batch), target.mesh)
+
+
+@program('stages.dpo.heldout_sums.sums')
+def dpo_heldout(target: Target) -> Call:
+    config, batch = preferring(target)
+    state, _ = dpo.build(config, target.model, target.compute, STEPS)
+    return Call(dpo.heldout_sums(config, target.compute), (state.params, batch), target.mesh)
+
+
+@program('stages.dpo.reference_log_probs.log_probs')
+def dpo_reference(target: Target) -> Call:
+    _, batch = preferring(target)
+    del batch['reference'], batch['weights']
+    return Call(dpo.reference_log_probs(target.compute, 1), (target.model_of(Llama), batch), target.mesh)
 
 
 def scores(target: Target, length: int) -> Call:

@@ -43,6 +43,7 @@ SMALLER = {
     'ghost_attention.py': settings('model=sft/model', 'samples=1', 'count=8', 'judged=2', 'turns=3', 'sft.data.mixture='),
     'context_distillation.py': settings('model=sft/model', 'safety=rm-safe/model'),
     'reward_model.py': settings('init_from=sft/model', *PAIRS),
+    'dpo.py': settings('init_from=sft/model', *PAIRS),
     'evaluate.py': ['--limit=8'],
     'rejection_sampling.py': settings('sample_from=sft/model', *ROUND),
     'collect_preferences.py': settings('count=32'),

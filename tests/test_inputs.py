@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / 'experiments'))
 
 import collect_preferences  # noqa: E402
 import context_distillation  # noqa: E402
+import dpo  # noqa: E402
 import ghost_attention  # noqa: E402
 import ppo  # noqa: E402
 import rejection_sampling  # noqa: E402
@@ -38,7 +39,7 @@ def home(tmp_path_factory, one_device):
     return home
 
 
-STAGES = (sft, reward_model, rejection_sampling, ppo, rlhf, ghost_attention, context_distillation, collect_preferences)
+STAGES = (sft, reward_model, dpo, rejection_sampling, ppo, rlhf, ghost_attention, context_distillation, collect_preferences)
 
 
 @pytest.mark.parametrize('program', STAGES, ids=lambda program: program.__name__)
@@ -56,6 +57,8 @@ def test_the_toy_presets_name_nothing_that_is_not_there(program):
         (sft, 'data.mixture=toy:nope', 'toy:nope'),
         (sft, 'data.mixture=toy:dialogs, jsonl:HOME/texts.jsonl', r'data\.mixture=.*texts\.jsonl:1'),
         (reward_model, 'data.mixture=toy:nope', r'data\.mixture=toy:nope'),
+        (dpo, 'data.mixture=toy:nope', r'data\.mixture=toy:nope'),
+        (dpo, 'init_from=HOME/help', 'init_from=.*reward model'),
         (reward_model, 'reference=jsonl:HOME/nope.jsonl', 'reference=.*nope.jsonl'),
         (rejection_sampling, 'rewards.helpfulness=nope', r'rewards\.helpfulness=nope'),
         (rejection_sampling, 'rewards.safety=HOME/policy', r'rewards\.safety=.*language model'),

@@ -106,7 +106,7 @@ def test_the_numbers_of_the_paper(program, ending, numbers, size):
         assert found == (value[size] if isinstance(value, dict) else value), field
 
 
-@pytest.mark.parametrize('program', ['sft', 'reward_model', 'rejection_sampling', 'ppo'])
+@pytest.mark.parametrize('program', ['sft', 'reward_model', 'dpo', 'rejection_sampling', 'ppo'])
 def test_the_small_presets_know_no_toy_world(program):
     config = importlib.import_module(program).PRESETS['small']()
     assert 'toy' not in repr(config) and 'oracle' not in repr(config) and 'grade=True' not in repr(config)

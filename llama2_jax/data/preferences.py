@@ -54,6 +54,7 @@ class Pair:
 
     where: str
     ids: tuple[np.ndarray, np.ndarray]  # prompt and chosen answer, prompt and rejected answer, each with its EOS
+    answers: tuple[np.ndarray, np.ndarray]  # of each of these ids, whether it belongs to the answer
     rating: int
     safe: tuple[int, int]
     turns: int
@@ -80,7 +81,14 @@ class Table:
 
     def ids(self, answer: int) -> np.ndarray:
         """The tokens of an answer: 2 * pair is the chosen one, 2 * pair + 1 the rejected one."""
-        return self._columns['tokens'].read(int(self._tokens[answer]), int(self._tokens[answer + 1])).astype(np.uint32)
+        return self._read('tokens', answer).astype(np.uint32)
+
+    def answer(self, answer: int) -> np.ndarray:
+        """Whether each of these tokens belongs to the answer and not to its prompt."""
+        return self._read('answers', answer).astype(bool)
+
+    def _read(self, column: str, answer: int) -> np.ndarray:
+        return self._columns[column].read(int(self._tokens[answer]), int(self._tokens[answer + 1]))
 
     def where(self, pair: int) -> str:
         """The place of the row of a pair."""
@@ -88,8 +96,8 @@ class Table:
 
     def __getitem__(self, number: int) -> Pair:
         pair = self.pairs[number]
-        ids = self.ids(2 * number), self.ids(2 * number + 1)
-        return Pair(self.where(number), ids, int(pair['rating']), tuple(pair['safe'].tolist()), int(pair['turns']))
+        ids, answers = ((read(2 * number), read(2 * number + 1)) for read in (self.ids, self.answer))
+        return Pair(self.where(number), ids, answers, int(pair['rating']), tuple(pair['safe'].tolist()), int(pair['turns']))
 
 
 class Records(Sequence[list[Pair]]):
@@ -167,6 +175,7 @@ class PreferenceData:
       batch_size: pairs in the batch of all processes together.
       seed: any integer.
       shards: the number of rows of a batch is a multiple of it.
+      answers: batches have `answer` and `numbers`, too.
       process_index, process_count: process p yields rows [p * r, (p + 1) * r) of each batch's rows.
 
     Attributes:
@@ -174,6 +183,7 @@ class PreferenceData:
       rows: R, of a batch.
       slots: S, pairs that a row may hold.
       steps: batches in the run.
+      count: pairs of all sources, held-out ones included.
 
     Raises:
       UserError: for anything wrong with the mixture, its sources or the batch size.
@@ -189,16 +199,19 @@ class PreferenceData:
         batch_size: int,
         seed: int,
         shards: int = 1,
+        answers: bool = False,
         process_index: int = 0,
         process_count: int = 1,
         barrier: Barrier = lambda name: None,
     ):
-        self._length, self._batch_size = length, batch_size
+        self._length, self._batch_size, self._answers = length, batch_size, answers
         self._index, self._count = process_index, process_count
         components = parse_mixture(config.mixture)
         room = min(length // 2, context)
         place = {'process_index': process_index, 'process_count': process_count, 'barrier': barrier}
         self.sources = [_read(c, tokenizer, room, config.heldout, **place) for c in components]
+        self._first = starts(np.array([len(source.records.table.pairs) for source in self.sources]))
+        self.count = int(self._first[-1])
         self._run = self._fill(self._plan(components, Fraction(str(config.epochs)), seed))
         self.steps = len(self._run)
         self._heldout = [
@@ -265,7 +278,8 @@ class PreferenceData:
 
         Each is a dict: tokens, segment_ids int32 [r, L]; last int32 [r, S, 2], where chosen and rejected answer of each pair
         end; rating int32 [r, S] (UNRATED, or 1 + its place in RATINGS); safe int32 [r, S, 2] (1, 0 or UNKNOWN); weights float32
-        [r, S], 0 where a row has no such pair; and record_ids int64 [1], the step.
+        [r, S], 0 where a row has no such pair; and record_ids int64 [1], the step. With `answers` also answer bool [r, L], the
+        tokens of answers; and numbers int32 [r, S], which of the `count` pairs each is, or -1.
         """
         for step in range(start_step, self.steps):
             yield self._collate(self._pack(self._run[step]), self.rows, self.slots) | {'record_ids': np.array([step])}
@@ -295,22 +309,28 @@ class PreferenceData:
         tokens, segment_ids = (np.zeros((share, self._length), np.int32) for _ in range(2))
         last, safe = np.zeros((share, slots, 2), np.int32), np.full((share, slots, 2), UNKNOWN, np.int32)
         rating, weights = np.zeros((share, slots), np.int32), np.zeros((share, slots), np.float32)
+        answer, numbers = np.zeros((share, self._length), bool), np.full((share, slots), -1, np.int32)
+        offsets = {id(source.records.table): int(first) for source, first in zip(self.sources, self._first, strict=False)}
         for r, row in enumerate(packed[i] if i < len(packed) else [] for i in mine):
             at = segment = slot = 0
             for bundle in row:
                 ends = []
-                for ids in map(bundle.table.ids, bundle.answers):
+                for number in bundle.answers:
+                    ids = bundle.table.ids(number)
                     here, segment = slice(at, at + len(ids)), segment + 1
                     tokens[r, here], segment_ids[r, here] = ids, segment
+                    if self._answers:
+                        answer[r, here] = bundle.table.answer(number)
                     at += len(ids)
                     ends.append(at - 1)
                 pairs, here = bundle.table.pairs[bundle.pairs.start : bundle.pairs.stop], slice(slot, slot + len(bundle.pairs))
                 last[r, here] = np.array([ends[side] for side in bundle.sides]).reshape(-1, 2)
                 rating[r, here], safe[r, here], weights[r, here] = pairs['rating'], pairs['safe'], 1
+                numbers[r, here] = np.array(bundle.pairs) + offsets[id(bundle.table)]
                 slot += len(bundle.pairs)
         return {
             'tokens': tokens, 'segment_ids': segment_ids, 'last': last, 'rating': rating, 'safe': safe, 'weights': weights,
-        }  # fmt: skip
+        } | ({'answer': answer, 'numbers': numbers} if self._answers else {})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,11 +344,12 @@ class _Encoder(RowEncoder):
 
     @property
     def key(self) -> tuple:
-        return 'comparisons', 1, self.tokenizer.fingerprint, self.room
+        return 'comparisons', 2, self.tokenizer.fingerprint, self.room
 
     @property
     def columns(self) -> dict[str, np.dtype]:
-        return {'tokens': token_dtype(self.tokenizer), 'pairs': _PAIR, 'places': np.dtype('|u1')}
+        bytes_ = np.dtype('|u1')
+        return {'tokens': token_dtype(self.tokenizer), 'answers': bytes_, 'pairs': _PAIR, 'places': bytes_}
 
     def __call__(self, chunk: Chunk) -> Encoded:
         tally, pairs, numbers = Tally(ANY), [], []
@@ -351,8 +372,12 @@ class _Encoder(RowEncoder):
                 numbers.append((tuple(map(len, pair.ids)), hashes, *both, *facts))
             pairs += kept
         tokens = np.concatenate([np.empty(0, np.uint32), *(ids for pair in pairs for ids in pair.ids)])
+        answers = np.concatenate([np.empty(0, np.uint8), *(mask for pair in pairs for mask in pair.answers)])
         places, _ = as_bytes([pair.where for pair in pairs])
-        return Encoded({'tokens': tokens, 'pairs': np.array(numbers, _PAIR), 'places': places}, tally=tally)
+        return Encoded(
+            {'tokens': tokens, 'answers': answers.astype(np.uint8), 'pairs': np.array(numbers, _PAIR), 'places': places},
+            tally=tally,
+        )
 
 
 def _hash(data: bytes) -> int:
@@ -392,16 +417,15 @@ def encode(comparison: Comparison, tokenizer, room: int, where: str) -> tuple[Pa
     """
     prompt, cut = comparison.prompt, ''
     while True:
-        ids = tuple(
-            np.array(encode_dialog([*prompt, *answer], tokenizer, where)[0], np.uint32)
-            for answer in (comparison.chosen, comparison.rejected)
-        )
+        before = [message | {'weight': 0} if message['role'] == 'assistant' else message for message in prompt]
+        found = [encode_dialog([*before, *answer], tokenizer, where) for answer in (comparison.chosen, comparison.rejected)]
+        ids = np.array(found[0][0], np.uint32), np.array(found[1][0], np.uint32)
         if np.array_equal(*ids):
             return None, EQUAL
         if max(map(len, ids)) <= room:
             rating = UNRATED if comparison.rating is None else 1 + RATINGS.index(comparison.rating)
             safe = tuple(UNKNOWN if safe is None else int(safe) for safe in comparison.safe)
-            return Pair(where, ids, rating, safe, comparison.turns), cut
+            return Pair(where, ids, (np.array(found[0][1]), np.array(found[1][1])), rating, safe, comparison.turns), cut
         system = prompt[0]['role'] == 'system'
         if len(prompt) - system <= 1:
             return None, TOO_LONG

@@ -36,3 +36,35 @@ def safety_loss(scores: jax.Array, safe: jax.Array) -> jax.Array:
     """
     losses = jnp.where(safe < 0, 0.0, jax.nn.softplus(jnp.where(safe > 0, -scores, scores)))
     return losses.sum(axis=-1) / 2
+
+
+def dpo_loss(policy: jax.Array, reference: jax.Array, beta: float, label_smoothing: float) -> jax.Array:
+    """DPO's loss of each pair (Rafailov et al., 2023), nats: as a reward model whose score is β log π/π0 of an answer.
+
+    Args:
+      policy, reference: float32 [..., 2], log-probabilities of the chosen and the rejected answer, sums over their tokens.
+      beta: How much a change of the policy counts.
+      label_smoothing: Share of the pairs that are taken to be labelled the wrong way round (Mitchell, 2023).
+
+    >>> round(float(dpo_loss(jnp.array([-1.0, -3.0]), jnp.array([-2.0, -2.0]), 0.5, 0.0)), 4)  # softplus(-1)
+    0.3133
+    """
+    margin = beta * _gain(policy, reference)
+    return (1 - label_smoothing) * jax.nn.softplus(-margin) + label_smoothing * jax.nn.softplus(margin)
+
+
+def ipo_loss(policy: jax.Array, reference: jax.Array, lengths: jax.Array, beta: float) -> jax.Array:
+    """IPO's loss of each pair (Azar et al., 2023): the squared distance of the mean gain of a token from 1 / 2β.
+
+    Args:
+      policy, reference: As of `dpo_loss`.
+      lengths: [..., 2], tokens of each answer.
+      beta: As β falls, the policy goes further.
+    """
+    lengths = jnp.maximum(lengths, 1)
+    return (_gain(policy / lengths, reference / lengths) - 1 / (2 * beta)) ** 2
+
+
+def _gain(policy: jax.Array, reference: jax.Array) -> jax.Array:
+    change = policy - reference
+    return change[..., 0] - change[..., 1]

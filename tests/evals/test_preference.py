@@ -19,7 +19,7 @@ SHAPE = ModelConfig(vocab_size=300, dim=16, layers=1, heads=2, kv_heads=1, head_
 
 
 def pair(lengths, rating=0, safe=(-1, -1), turns=1):
-    return Pair('here', tuple(np.zeros(length, np.uint32) for length in lengths), rating, safe, turns)
+    return Pair('here', tuple(np.zeros(length, np.uint32) for length in lengths), (), rating, safe, turns)
 
 
 def test_shares_have_intervals():

@@ -33,11 +33,11 @@ def test_every_stage(tmp_path):
     program.finish(program.start([all_stages.__file__, home, one], 2), seconds=500)
     for name in ('out.jsonl', 'rejection/choices.jsonl', 'collect/answers.jsonl', 'ppo/rollouts/000001.jsonl'):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
-    for stage in ('sft', 'reward', 'ppo'):  # the order in which choices are learned goes by the name of their file
+    for stage in ('sft', 'reward', 'dpo', 'ppo'):  # the order in which choices are learned goes by the name of their file
         for ours, theirs in zip(*(numbers(path / stage / 'metrics.jsonl') for path in (two, one)), strict=True):
             assert ours[:2] == theirs[:2]
             np.testing.assert_allclose(ours[2] or 0, theirs[2] or 0, rtol=1e-3, atol=1e-4, err_msg=f'{stage} {ours}')
-    for name in ('sft/model', 'reward/model', 'rejection/model', 'ppo/model'):
+    for name in ('sft/model', 'reward/model', 'dpo/model', 'rejection/model', 'ppo/model'):
         assert (two / name / 'config.json').exists()
     for name in ('judged/preferences.png', 'rejection/rewards_by_n.png', 'ppo/reward_kl.png', 'sft/samples.md'):
         assert (two / name).stat().st_size > 100
