@@ -205,6 +205,8 @@ def messages(value: Any, where: str, name: str) -> Dialog:
                 raise UserError(f'{where}: {name}[{i}] has a part of content that is not text.')
             content = ''.join(str(part.get('text', '')) for part in content)
         kept = {key: turn[key] for key in ('weight', 'token_ids') if turn.get(key) is not None}
+        if ROLE_NAMES[role] != 'assistant' and kept.get('weight') == 0:
+            del kept['weight']  # a question is never learned; SlimOrca says so in its rows
         found.append({'role': ROLE_NAMES[role], 'content': content} | kept)
     blank = found and found[0]['role'] == 'system' and not found[0]['content']
     return found[1:] if blank else found

@@ -48,6 +48,11 @@ DIALOGS = {
         [turns('h', 'i', 'q\n\nx', 'a', system='s')],
     ),
     'OpenOrca': ([{'id': '1', 'system_prompt': 's', 'question': 'q', 'response': 'a'}], [turns('q', 'a', system='s')]),
+    'SlimOrca': (
+        [{'conversations': [{'from': role, 'value': text, 'weight': weight} for role, text, weight in
+          (('system', 's', None), ('human', 'q', 0.0), ('gpt', 'a', 1.0))]}],
+        [turns('q', system='s') + [{'role': 'assistant', 'content': 'a', 'weight': 1.0}]],
+    ),
     'Flan': ([{'inputs': 'q', 'targets': 'a', 'task': 't'}], [turns('q', 'a')]),
     'a transcript as prompt': ([{'prompt': HUMAN, 'response': ' a'}], [turns('Hi', 'Hey', 'What?', ' a')]),
     'OASST, flat': (
