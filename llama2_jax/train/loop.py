@@ -5,6 +5,7 @@ parameters and the loss trace come out bit for bit as if nothing had happened. T
 of k, because a checkpoint carries the step and all counters, and because lines beyond it are dropped and written again.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -42,6 +43,19 @@ class LoopConfig(Config):
     keep_best: bool = True  # the checkpoint of the lowest held-out loss
     keep_every: int = 0
     skip_nonfinite: int = 0  # so many steps with a non-finite loss or gradient may be skipped, then the run stops
+    profile: str = ''  # FIRST:LAST, the steps that are traced into WORKDIR/profile for XProf
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first, last = self.profiled
+        if self.profile and not 0 < first <= last:
+            raise UserError(f'loop.profile={self.profile} is not FIRST:LAST, two steps such as 100:103.')
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step to trace; (0, 0): none."""
+        first, _, last = self.profile.partition(':')
+        return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else (0, 0)
 
 
 def fit(
@@ -92,7 +106,8 @@ def fit(
         state = init() if state is None else state
         lost = lost_metrics(workdir / 'metrics.jsonl', progress.step, config.log_every) if progress.step else ''
         meter = Meter(flops_per_step, peak_flops)
-        with Interruption() as interruption, Report(workdir, progress, meter, steps) as report:
+        trace = Trace(workdir / 'profile', *config.profiled)
+        with Interruption() as interruption, Report(workdir, progress, meter, steps) as report, trace:
 
             def settle(number, metrics, records, evaluation=None):
                 line = report.complete(number, metrics)
@@ -111,7 +126,9 @@ def fit(
             for number, (batch, records) in _numbered(batches(progress.step), progress.step, steps):
                 watch.at(number)
                 meter.start()
-                state, metrics = step(state, batch)
+                with trace.step(number):
+                    state, metrics = step(state, batch)
+                trace.after(number, metrics)
                 # Only now that this step is queued, wait for the one before: the device never idles for the host.
                 if waiting:
                     settle(*waiting)
@@ -135,6 +152,37 @@ def fit(
                     leave(number, steps, checkpoints, report, interruption.code)
                 meter.pause()
     return state
+
+
+class Trace:
+    """Traces the steps from `first` to `last` into a directory that XProf and TensorBoard read; (0, 0): none."""
+
+    def __init__(self, directory: Any, first: int, last: int):
+        self._directory, self._first, self._last, self._runs = directory, first, last, False
+
+    def __enter__(self) -> 'Trace':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def step(self, number: int) -> Any:
+        """The context of a step, under whose number the trace shows it."""
+        if number == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._runs = True
+        return jax.profiler.StepTraceAnnotation('train', step_num=number) if self._runs else contextlib.nullcontext()
+
+    def after(self, number: int, metrics: Any) -> None:
+        """Ends the trace after its last step, when the device is through with it."""
+        if self._runs and number == self._last:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._runs:
+            self._runs = False
+            jax.profiler.stop_trace()
 
 
 def _due(number: int, every: int, steps: int) -> bool:

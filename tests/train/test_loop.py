@@ -243,3 +243,27 @@ def test_a_full_disk_costs_nothing_but_time(straight, small_disk):
     assert 10 in [int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]
     same(leaves(toy.run(workdir)), straight[1])
     assert toy.trace(workdir) == toy.trace(straight[0])
+
+
+def test_the_steps_that_are_asked_for_are_traced(tmp_path):
+    config = LoopConfig(profile='3:4')
+    numbers = iter([(np.float32(i), [i]) for i in range(6)])
+
+    @jax.jit
+    def step(state, batch):
+        return {'x': state['x'] + batch}, {'loss': state['x'][0], 'tokens': jnp.float32(1), 'finite': jnp.bool_(True)}
+
+    state = {'x': jnp.zeros(2)}
+    fit(tmp_path, config, abstract_state=state, init=lambda: state, step=step, batches=lambda start: numbers, steps=6)
+    [file] = (tmp_path / 'profile').rglob('*.xplane.pb')
+    events = (
+        event for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
+    )
+    found = {dict(event.stats).get('step_num') for event in events if event.name == 'train'}
+    assert found == {3, 4}
+
+
+@pytest.mark.parametrize('profile', ['5', '4:3', '0:2', 'a:b', ':'])
+def test_what_to_trace_is_checked(profile):
+    with pytest.raises(UserError, match=r'loop\.profile'):
+        LoopConfig(profile=profile)
