@@ -224,90 +224,11 @@ def _csv(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 def _parquet(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
     def batches() -> Iterator[pa.RecordBatch]:
         table = pa.parquet.ParquetFile(file)
-        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-        size = file.seek(0, io.SEEK_END)
-        check_growth(path, sum(group.total_byte_size for group in groups), size)
-        columns = (group.column(i) for group in groups for i in range(group.num_columns))
-        check_growth(path, sum(_pages_size(file, column) for column in columns), size)  # the footer may lie
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        check_growth(path, sum(group.total_byte_size for group in groups), file.seek(0, io.SEEK_END))
         return table.iter_batches(BATCH)
 
     yield from _batches(path, batches)
-
-
-def _pages_size(file: BinaryIO, column: pa.parquet.ColumnChunkMetaData) -> int:
-    """Bytes that a column has once its pages are decompressed, as the head of each page says.
-
-    pyarrow allocates what the head of a page says, without a limit, and does not show it: this reads Parquet's `PageHeader`.
-
-    Raises:
-      OSError: a head is damaged.
-    """
-    at = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-    end, total = at + column.total_compressed_size, 0
-    if at < 0:
-        raise OSError('damaged footer')
-    while at < end:
-        for length in (2**12, 2**16, 2**24):  # the least and greatest values of a page may be long texts
-            file.seek(at)
-            try:
-                fields, read = _thrift(file.read(length), 0)
-                break
-            except IndexError:
-                continue
-            except RecursionError:
-                raise OSError('damaged head of a page') from None
-        else:
-            raise OSError('damaged head of a page')
-        unpacked, packed = fields.get(2, -1), fields.get(3, -1)  # uncompressed_page_size, compressed_page_size
-        if unpacked < 0 or packed < 0:
-            raise OSError('damaged head of a page')
-        at, total = at + read + packed, total + unpacked
-    return total
-
-
-def _thrift(data: bytes, at: int) -> tuple[dict[int, int], int]:
-    """The whole numbers of a struct in Thrift's compact protocol, by field, and where it ends.
-
-    Raises:
-      IndexError: the data end before it.
-    """
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-            if shift > 63:
-                raise IndexError
-
-    def value(kind: int) -> int:
-        nonlocal at
-        if kind in (4, 5, 6):
-            number = varint()
-            return number >> 1 ^ -(number & 1)
-        if kind == 12:
-            at = _thrift(data, at)[1]
-        elif kind in (9, 10):
-            head, at = data[at], at + 1
-            for _ in range(varint() if head >> 4 == 15 else head >> 4):
-                value(head & 15 if head & 15 > 2 else 3)
-        else:
-            size = varint() if kind == 8 else {1: 0, 2: 0, 3: 1, 7: 8}[kind]
-            at += size
-        return 0
-
-    fields, number = {}, 0
-    while head := data[at]:
-        at += 1
-        number = number + (head >> 4) if head >> 4 else value(4)
-        try:
-            fields[number] = value(head & 15)
-        except KeyError:
-            raise IndexError from None
-    return fields, at + 1
 
 
 def _arrow(path: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
