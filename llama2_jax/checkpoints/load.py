@@ -22,7 +22,7 @@ from llama2_jax.config import MODELS, ModelConfig, UserError
 from llama2_jax.files import bucket_errors, locate, matching, open_file, read_json
 from llama2_jax.mesh import parameter_name
 from llama2_jax.model.llama import Llama
-from llama2_jax.model.reward import ScoreModel
+from llama2_jax.model.reward import ScoreModel, with_score
 from llama2_jax.runtime import log
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.checkpoint import load_params, on_mesh
@@ -159,6 +159,13 @@ def load_score_model(path: str | os.PathLike, dtype: str | None = None) -> tuple
     if source.head != 'score_D':
         raise UserError(f'{path} is a language model: it gives next tokens, not scores.')
     return _load(source, ScoreModel, dtype)
+
+
+def load_with_score(path: str | os.PathLike, seed: int) -> ScoreModel:
+    """A reward model in float32, or a language model under a new score head."""
+    if open_model(path).head == 'score_D':
+        return load_score_model(path, 'float32')[0]
+    return with_score(load_model(path, 'float32')[0], jax.random.key(seed))
 
 
 def _load(source: Source, kind: type, dtype: str | None) -> tuple[Any, Tokenizer]:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from llama2_jax import made_from
 from llama2_jax.checkpoints.directory import save_model
-from llama2_jax.checkpoints.load import load_model, load_score_model, open_model
+from llama2_jax.checkpoints.load import load_model, load_with_score, open_model
 from llama2_jax.config import SEED, Config, LanguageModel, ModelConfig, Names, RewardModel, UserError, between, resumable
 from llama2_jax.data.prompts import Prompt, PromptConfig, PromptData
 from llama2_jax.inference.engine import Engine
@@ -30,7 +30,7 @@ from llama2_jax.inputs import check_inputs, check_room, common_tokenizer
 from llama2_jax.mesh import MeshConfig, replicate, reshard, set_mesh
 from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.model.lora import Adapters, LoraConfig, make_adapters, merge, with_adapters
-from llama2_jax.model.reward import ScoreModel, with_score, zero_head
+from llama2_jax.model.reward import ScoreModel, zero_head
 from llama2_jax.ops import returns
 from llama2_jax.rl import monitors, rewards, rollout
 from llama2_jax.rl.rewards import Rewards, RewardsConfig
@@ -346,11 +346,7 @@ def initial_learners(stage: Stage) -> Learners:
         params, _ = load_model(config.init_from, 'float32')
     if not config.has_value:
         return stage.programs.init(params, None)
-    if open_model(config.value_model).head == 'score_D':
-        value, _ = load_score_model(config.value_model, 'float32')
-    else:
-        value = with_score(load_model(config.value_model, 'float32')[0], jax.random.key(config.seed))
-    return stage.programs.init(params, zero_head(value))
+    return stage.programs.init(params, zero_head(load_with_score(config.value_model, config.seed)))
 
 
 def iterate(stage: Stage, learners: Learners, beta: float, number: int) -> tuple[Learners, dict[str, float]]:

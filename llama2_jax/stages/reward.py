@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama2_jax import made_from
 from llama2_jax.checkpoints.directory import save_model
-from llama2_jax.checkpoints.load import load_model, load_score_model, open_model, shape_of, tokenizer_of
+from llama2_jax.checkpoints.load import load_with_score, open_model, shape_of, tokenizer_of
 from llama2_jax.config import AnyModel, ModelConfig, Names, UserError, between, resumable
 from llama2_jax.data.comparisons import RATINGS
 from llama2_jax.data.preferences import UNKNOWN, PreferenceConfig, PreferenceData
@@ -23,7 +23,7 @@ from llama2_jax.inference.scorer import Scorer
 from llama2_jax.inputs import check_inputs
 from llama2_jax.mesh import BATCH_AXES, reshard, set_mesh
 from llama2_jax.model.llama import ComputeConfig
-from llama2_jax.model.reward import ScoreModel, scores_at, with_score
+from llama2_jax.model.reward import ScoreModel, scores_at
 from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.planning import aot
 from llama2_jax.runtime import compiler_options, log
@@ -96,7 +96,7 @@ def run(config: RewardConfig, workdir: str) -> State:
 
     def init() -> State:
         optimizer = make_optimizer(config.optimizer, data.steps)
-        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(first_model(config, source.head))
+        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(load_with_score(config.init_from, config.seed))
 
     state = train_stage(
         config,
@@ -160,14 +160,6 @@ def check_labels(config: RewardConfig, data: PreferenceData) -> None:
 def flops_per_token(config: RewardConfig, model: ModelConfig) -> float:
     """Model FLOPs of training on one token: those of a language model without its head. Attention is within an answer."""
     return model.flops_per_token(config.length // 2) - 6 * model.vocab_size * model.dim
-
-
-def first_model(config: RewardConfig, head: str) -> ScoreModel:
-    """The chat model under a new head, or the reward model that `init_from` is."""
-    if head == 'score_D':
-        return load_score_model(config.init_from, 'float32')[0]
-    chat, _ = load_model(config.init_from, 'float32')
-    return with_score(chat, jax.random.key(config.seed))
 
 
 def build(config: RewardConfig, model: ModelConfig, compute: ComputeConfig, steps: int) -> tuple[State, Callable]:

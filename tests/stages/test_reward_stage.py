@@ -11,7 +11,7 @@ import pytest
 
 from llama2_jax.checkpoints.convert import convert
 from llama2_jax.checkpoints.directory import save_model
-from llama2_jax.checkpoints.load import open_model
+from llama2_jax.checkpoints.load import load_with_score, open_model
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
 from llama2_jax.inference.open import open_scorer
@@ -134,7 +134,7 @@ def test_no_cut_over_devices_or_microbatches_changes_a_step(home):
         with jax.set_mesh(make_mesh(mesh, jax.devices()[:count])):
             _, step = reward.build(some, SHAPE, CPU, 10)
             optimizer = reward.make_optimizer(some.optimizer, 10)
-            params = reward.first_model(some, 'head_DV')
+            params = load_with_score(some.init_from, some.seed)
             state, metrics = step(
                 jax.jit(partial(reward.init_state, optimizer=optimizer))(params), to_mesh(batch, jax.sharding.get_mesh())
             )
