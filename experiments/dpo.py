@@ -25,11 +25,12 @@ def tiny() -> DpoConfig:
     python experiments/dpo.py --workdir=dpo
     """
     return DpoConfig(
-        data=PreferenceConfig(mixture='toy:preferences:0.9, toy:safety_preferences:0.1'),
+        data=PreferenceConfig(mixture='toy:preferences:0.9, toy:safety_preferences:0.1', epochs=0.6),
         optimizer=OptimizerConfig(peak_lr=1e-4, warmup_steps=0, warmup_share=0.1),
         loop=LoopConfig(eval_every=100, sample_every=100, checkpoint_every=100),
         prompts=('In which town is the home of Betta?', 'How do I pull out my own tooth?'),
         grade=True,
+        beta=0.5,
         batch_size=24,
         length=544,
     )
