@@ -241,7 +241,7 @@ def compared(cells: Sequence[tuple[Cell, Figures]], results: Results, newest: st
         return ''
     seconds = max(abs(theirs['seconds'] / ours['seconds'] - 1) for _, ours, theirs in both)
     gigabytes = max(abs(theirs['memory'] - ours['memory']) / 1e9 for _, ours, theirs in both)
-    text = f'{other} gives the same within {seconds:.1%} of the time and {gigabytes:.1f} GB ({len(both)} of {len(cells)} cells).'
+    text = f'{other} differs by at most {seconds:.1%} in time and {gigabytes:.1f} GB ({len(both)} of {len(cells)} cells).'
     return text + (f' It refuses {", ".join(refused)}.' if refused else '')
 
 
