@@ -13,9 +13,9 @@ from llama2_jax.stages import chat
 
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.', required=True)
 SYSTEM = flags.DEFINE_string('system', '', 'System message.')
-TEMPERATURE = flags.DEFINE_float('temperature', 0.6, '0 takes the most likely token each time.', lower_bound=0)
-TOP_P = flags.DEFINE_float('top_p', 0.9, 'Share of the probability to draw from.', lower_bound=0, upper_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 512, 'Tokens of an answer, at most.', lower_bound=1)
+TEMPERATURE = flags.DEFINE_float('temperature', 0.6, 'Sampling temperature; 0: the most likely token each time.', lower_bound=0)
+TOP_P = flags.DEFINE_float('top_p', 0.9, 'Nucleus sampling: probability mass to sample from.', lower_bound=0, upper_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 512, 'Maximum tokens of an answer.', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0)
 INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
 

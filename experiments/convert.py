@@ -28,7 +28,9 @@ from llama2_jax.text.printable import printable
 INPUT = flags.DEFINE_string('input', None, 'Model to read; its format is recognised.', required=True)
 OUTPUT = flags.DEFINE_string('output', None, 'Directory to write, or file for gguf; must not exist.')
 TO = flags.DEFINE_enum('to', 'orbax', FORMS, 'Format to write; orbax is the model directory of this package.')
-DTYPE = flags.DEFINE_enum('dtype', None, [*DTYPES, QUANTISED], "Of the parameters; the input's by default. q8_0: gguf only.")
+DTYPE = flags.DEFINE_enum(
+    'dtype', None, [*DTYPES, QUANTISED], "Dtype of the parameters; the input's by default. q8_0: gguf only."
+)
 ADAPTER = flags.DEFINE_string('adapter', None, 'Directory of a LoRA adapter (peft or our own) to merge into the input.')
 KEEP_PADDING = flags.DEFINE_bool(
     'keep_padding', False, 'Keep the rows of the vocabulary that the tokenizer has no piece for; by default they are cut.'

@@ -23,22 +23,24 @@ from llama2_jax.stages import evaluate, pairwise, score
 MODEL = flags.DEFINE_string('model', None, 'Model directory, Hugging Face or Meta directory, or .gguf file.')
 TASKS = flags.DEFINE_list('tasks', [], 'Names of tasks and groups, separated by commas; a wrong one lists them.')
 DATA_DIR = flags.DEFINE_string('data_dir', 'benchmarks_data', 'Folder of benchmarks, in their published formats.')
-TFDS = flags.DEFINE_bool('tfds', False, 'Read sets that are not there through TensorFlow Datasets, which downloads them.')
-OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, or file with --score; the same command again continues.')
+TFDS = flags.DEFINE_bool('tfds', False, 'Read missing sets through TensorFlow Datasets, which downloads them.')
+OUTPUT = flags.DEFINE_string('output', None, 'Folder to write, or file with --score; the same command resumes.')
 LIMIT = flags.DEFINE_integer('limit', 0, 'Examples of each task, spread over it; 0: all.', lower_bound=0)
 SHOTS = flags.DEFINE_integer('shots', None, "Solved examples in a prompt; the paper's number by default.", lower_bound=0)
-SAMPLES = flags.DEFINE_integer('samples', None, 'Samples of a question, where they are drawn (pass@k, maj@k).', lower_bound=1)
-CHAT = flags.DEFINE_bool('chat', None, 'Ask as a chat model is asked; by default if the model says that it is one.')
+SAMPLES = flags.DEFINE_integer('samples', None, 'Samples of a question, for pass@k and maj@k.', lower_bound=1)
+CHAT = flags.DEFINE_bool('chat', None, "Use the chat format; by default as the model's config says.")
 RUN_GENERATED_CODE = flags.DEFINE_bool('run_generated_code', False, 'Run programs that the model writes, in a sandbox.')
 TOXICITY = flags.DEFINE_string('toxicity', '', 'Directory of a toxicity classifier, for ToxiGen.')
 TRUTH_JUDGE = flags.DEFINE_string('truth_judge', '', 'Model that judges whether answers to TruthfulQA are true.')
-INFO_JUDGE = flags.DEFINE_string('info_judge', '', 'Model that judges whether they are informative.')
-SAFETY_JUDGE = flags.DEFINE_string('safety_judge', '', 'Safety reward model that judges violations, in place of refusals.')
+INFO_JUDGE = flags.DEFINE_string('info_judge', '', 'Model that judges whether answers to TruthfulQA are informative.')
+SAFETY_JUDGE = flags.DEFINE_string(
+    'safety_judge', '', 'Safety reward model that judges violations instead of the refusal classifier.'
+)
 VERSUS = flags.DEFINE_string('versus', None, 'A model to compare with, on --prompts, as --judge sees it.')
 PROMPTS = flags.DEFINE_string('prompts', None, 'With --versus: a source of rows {"prompt": text} or {"messages": [...]}.')
 JUDGE = flags.DEFINE_string('judge', None, 'With --versus: reward_model:DIR, model:DIR or toy.')
-TEMPERATURE = flags.DEFINE_float('temperature', 0.6, 'With --versus: of the answers.', lower_bound=0)
-MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 1000, 'With --versus: of an answer, at most.', lower_bound=1)
+TEMPERATURE = flags.DEFINE_float('temperature', 0.6, 'With --versus: sampling temperature of the answers.', lower_bound=0)
+MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 1000, 'With --versus: maximum tokens of an answer.', lower_bound=1)
 REWARD_MODEL = flags.DEFINE_multi_string('reward_model', [], 'Model directory of a reward model; may be repeated.')
 PREFERENCES = flags.DEFINE_list('preferences', [], 'Sources of comparisons, such as toy:preferences_heldout.')
 SCORE = flags.DEFINE_string('score', None, 'A .jsonl file of dialogs, or another source of them, to score.')
@@ -46,7 +48,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 32, 'Sequences at a time; no result depends on it.', lower_bound=1, upper_bound=2**16
 )
 INT8 = flags.DEFINE_bool('int8', False, 'Weights in eight bits: half the memory.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.', lower_bound=0)
+SEED = flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0)
 
 
 def given(*names: str) -> dict:

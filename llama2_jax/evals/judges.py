@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -31,11 +31,14 @@ WANTED = {
 JUDGES = {'true': 'Q: {}\nA: {}\nTrue:', 'informative': 'Q: {}\nA: {}\nHelpful:'}
 
 
-def make_helpers(data_dir: str, run_generated_code: bool, toxicity: str, judges: dict[str, str]) -> dict[str, Helper]:
-    """The helpers that can be had; names as in `evals.task.Task.helpers`.
+def make_helpers(
+    needed: Collection[str], data_dir: str, run_generated_code: bool, toxicity: str, judges: dict[str, str]
+) -> dict[str, Helper]:
+    """The available helpers; names as in `evals.task.Task.helpers`.
 
     Args:
-      data_dir: where labelled refusals may lie.
+      needed: Helpers that the tasks ask; no other one learns from files.
+      data_dir: Folder that may hold labelled refusals.
       toxicity: directory of a classifier; '': none.
       judges: directories of models: 'true' and 'informative' say yes or no, 'violates' is a safety reward model; '': none.
 
@@ -48,10 +51,11 @@ def make_helpers(data_dir: str, run_generated_code: bool, toxicity: str, judges:
         log('Programs that the model writes are run, in a sandbox.')
         for weakness in sandbox.weaknesses():
             log(f'Warning: {weakness}.')
-    with contextlib.suppress(Missing):
-        labelled = read_labelled(Files(data_dir))
-        helpers['refuses'] = RefusalClassifier(*labelled)
-        log(f'Refusal classifier: {describe(*labelled)}.')
+    if 'refuses' in needed:
+        with contextlib.suppress(Missing):
+            labelled = read_labelled(Files(data_dir))
+            helpers['refuses'] = RefusalClassifier(*labelled)
+            log(f'Refusal classifier: {describe(*labelled)}.')
     if importlib.util.find_spec('vaderSentiment'):
         helpers['sentiment'] = sentiments
     if toxicity:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from llama2_jax import made_from
 from llama2_jax.checkpoints.load import open_model, tokenizer_of
-from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between
+from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, UserError, between, resumable
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals.judges import answered
@@ -88,7 +88,7 @@ class RedTeamConfig(Config):
     max_new_tokens: int = between(96, 1)
     temperature: float = between(0.1, 0, 100)
     decode_batch: int = between(32, 1, resumable='anywhere')
-    export: bool = dataclasses.field(default=False, metadata={'resumable': 'alone'})
+    export: bool = resumable(False, 'alone')
     seed: int = SEED
 
     def __post_init__(self) -> None:

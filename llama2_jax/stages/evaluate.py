@@ -81,8 +81,10 @@ def run(config: EvaluateConfig) -> None:
     chat = source.prompts.chat if config.chat is None else config.chat
     path = make_directory(config.output)
     judges = {'true': config.truth_judge, 'informative': config.info_judge, 'violates': config.safety_judge}
-    helpers = make_helpers(config.data_dir, config.run_generated_code, config.toxicity, judges)
-    found, skipped = load_all([adapted(TASKS[name], config, chat) for name in names], config, helpers)
+    tasks = [adapted(TASKS[name], config, chat) for name in names]
+    needed = {helper for task in tasks for helper in task.helpers}
+    helpers = make_helpers(needed, config.data_dir, config.run_generated_code, config.toxicity, judges)
+    found, skipped = load_all(tasks, config, helpers)
     engine = open_engine(config.model, config.batch_size, config.int8)
     log(source.prompts.describe(chat))
     model = identity(config.model, config.int8)
