@@ -35,7 +35,7 @@ from llama2_jax.planning.aot import Report
 from llama2_jax.rl import plan as ppo_plan
 from llama2_jax.rl import ppo
 from llama2_jax.rl.ppo import PPOConfig
-from llama2_jax.rl.rollout import RewardsConfig
+from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.runtime import chip_of
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig

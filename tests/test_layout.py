@@ -1,6 +1,7 @@
 """Who imports whom, and the command lines."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -157,3 +158,13 @@ def test_unknown_flags(tmp_path):
     result = run(ROOT / 'experiments' / 'pretrain.py', '--confg=tiny', cwd=tmp_path)
     assert result.returncode == 1 and 'Traceback' not in result.stderr
     assert "Unknown command line flag 'confg'. Did you mean: config ?" in result.stderr
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').rglob('*.py')), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path):
+    """No test runs most of them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'llama2_jax':
+            module = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert all(importlib.util.find_spec(f'{node.module}.{name}') for name in missing), missing
