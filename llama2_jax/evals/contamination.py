@@ -116,8 +116,10 @@ class Subset:
 def subsets(shares: Sequence[float], scores: Sequence[float]) -> list[Subset]:
     """The four subsets of a set with their scores.
 
-    >>> [(one.name, one.count, one.score) for one in subsets([0.0, 0.1, 0.5, 0.9], [0.0, 1.0, 1.0, 1.0])]
-    [('clean', 2, 0.5), ('not clean', 2, 1.0), ('not dirty', 3, 0.6666666666666666), ('dirty', 1, 1.0)]
+    For example:
+
+        >>> [(one.name, one.count, one.score) for one in subsets([0.0, 0.1, 0.5, 0.9], [0.0, 1.0, 1.0, 1.0])]
+        [('clean', 2, 0.5), ('not clean', 2, 1.0), ('not dirty', 3, 0.6666666666666666), ('dirty', 1, 1.0)]
     """
     share, score, found = np.asarray(shares, float), np.asarray(scores, float), []
     mean, deviation = score.mean(), score.std()

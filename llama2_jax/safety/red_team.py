@@ -325,8 +325,10 @@ def make_judge(name: str) -> Judge:
 def severity(score: float) -> int:
     """The paper's grade for a safety reward model's score, which is linear.
 
-    >>> [severity(score) for score in (-3.0, -0.5, 0.5, 1.0, 3.0)]
-    [1, 2, 3, 4, 5]
+    For example:
+
+        >>> [severity(score) for score in (-3.0, -0.5, 0.5, 1.0, 3.0)]
+        [1, 2, 3, 4, 5]
     """
     return 1 + sum(1 / (1 + math.exp(-score)) >= limit for limit in LIMITS)
 
