@@ -39,6 +39,7 @@ from llama2_jax.rl.rewards import RewardsConfig
 from llama2_jax.runtime import chip_of
 from llama2_jax.stages import pretrain
 from llama2_jax.stages.pretrain import PretrainConfig
+from llama2_jax.text.tables import markdown_table
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 from llama2_jax.train.devices import to_mesh
 from llama2_jax.train.metrics import read_metrics
@@ -197,17 +198,16 @@ def markdown(result: Row) -> str:
     def cell(value: float | None, form: str) -> str:
         return format(value, form) if value else '–'
 
+    columns = {
+        's': ('seconds', '.3f'), 's predicted': ('predicted_seconds', '.3f'), 'tokens/s': ('tokens_per_second', ',.0f'),
+        'MFU': ('mfu', '.1%'), 'peak GB': ('peak_gb', '.2f'), 'GB predicted': ('predicted_gb', '.2f'),
+    }  # fmt: skip
     device = f'{result["chips"]} × {result["device"]}'
-    lines = ['| device | program | rows × tokens | s | s predicted | tokens/s | MFU | peak GB | GB predicted |', '|---' * 9 + '|']
-    for row in result['programs']:
-        numbers = [('seconds', '.3f'), ('predicted_seconds', '.3f'), ('tokens_per_second', ',.0f'), ('mfu', '.1%')]
-        numbers += [('peak_gb', '.2f'), ('predicted_gb', '.2f')]
-        lines.append(
-            f'| {device} | {row["program"]} | {row["shape"]} | '
-            + ' | '.join(cell(row.get(key), form) for key, form in numbers)
-            + ' |'
-        )
-    return '\n'.join(lines)
+    return markdown_table(
+        {'device': device, 'program': row['program'], 'rows × tokens': row['shape']}
+        | {name: cell(row.get(key), form) for name, (key, form) in columns.items()}
+        for row in result['programs']
+    )
 
 
 def main(argv: list[str]) -> None:

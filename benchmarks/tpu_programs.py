@@ -25,11 +25,13 @@ from llama2_jax.inference.plan import compile_step
 from llama2_jax.mesh import decoding_mesh
 from llama2_jax.planning import aot
 from llama2_jax.rl import plan as ppo_plan
+from llama2_jax.stages import dpo, reward, sft
 from llama2_jax.stages import pretrain as pretraining
-from llama2_jax.stages import reward, sft
+from llama2_jax.text.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'experiments'))
+import dpo as dpo_presets  # noqa: E402
 import ppo as ppo_presets  # noqa: E402
 import pretrain as pretrain_presets  # noqa: E402
 import reward_model as reward_presets  # noqa: E402
@@ -53,14 +55,15 @@ class Cell(NamedTuple):
       preset: The preset; for decoding the size.
       topology: The slice.
       settings: Changes to the preset, as `--set` takes them.
-      peer: MaxText 0.2.5's seconds for the same cell (its own tuned configs, the same JAX and libtpu unless another is named).
+      peer: Seconds of MaxText 0.2.5 for the same cell, and a note. They were measured once, elsewhere, with its own tuned configs
+        and jax 0.12.0.1 + libtpu 0.0.50.1 unless the note names another; nothing here compiles MaxText.
     """
 
     table: str
     preset: str
     topology: str
     settings: tuple[str, ...] = ()
-    peer: str = ''
+    peer: tuple[float, str] | None = None
 
     @property
     def name(self) -> str:
@@ -68,7 +71,7 @@ class Cell(NamedTuple):
         return ' '.join((self.table, self.preset, self.topology, *self.settings))
 
 
-def pretrain_cell(preset: str, topology: str, batch: int, length: int, remat: str, peer: str = '') -> Cell:
+def pretrain_cell(preset: str, topology: str, batch: int, length: int, remat: str, peer: tuple[float, str] | None = None) -> Cell:
     """A pretraining cell that differs from its preset in batch, length and what a layer keeps."""
     return Cell('pretrain', preset, topology, (f'batch_size={batch}', f'length={length}', f'compute.remat={remat}'), peer)
 
@@ -76,28 +79,32 @@ def pretrain_cell(preset: str, topology: str, batch: int, length: int, remat: st
 CELLS = (
     Cell('sft', 'llama2_7b', 'v5e:4x4'),
     Cell('pretrain', 'llama2_7b', 'v5e:16x16'),
-    pretrain_cell('llama2_7b', 'v5e:16x16', 1024, 2048, 'q+k', '3.21'),
-    pretrain_cell('llama2_70b', 'v5e:16x16', 512, 2048, 'offload', '16.47'),
-    pretrain_cell('llama2_7b', 'v5p:4x4x4', 256, 4096, 'q+k+attention+gate+up', '2.75'),
+    pretrain_cell('llama2_7b', 'v5e:16x16', 1024, 2048, 'q+k', (3.208, '')),
+    pretrain_cell('llama2_70b', 'v5e:16x16', 512, 2048, 'offload', (16.47, '')),
+    pretrain_cell('llama2_7b', 'v5p:4x4x4', 256, 4096, 'q+k+attention+gate+up', (2.748, '')),
     Cell('reward_model', 'llama2_7b_helpfulness', 'v5e:16x16'),
     Cell('ppo', 'llama2_7b', 'v5e:16x16'),
     Cell('sft', 'lora_7b', 'v5e:2x2'),
     Cell('sft', 'lora_7b_int8', 'v5e:1x1'),
     Cell('decode', '7b', 'v5e:1x1', ('int8', 'batch_size=1')),
     Cell('decode', '70b', 'v5p:2x2x4', ('batch_size=64',)),
-    Cell('pretrain', 'llama2_70b', 'v5p:4x8x8', (), '25.52'),
+    Cell('pretrain', 'llama2_70b', 'v5p:4x8x8', (), (25.52, '')),
     Cell('sft', 'llama2_13b', 'v5e:4x8'),
     Cell('sft', 'llama2_34b', 'v5p:4x4x4'),
     Cell('sft', 'llama2_70b', 'v5p:4x4x4'),
     Cell('reward_model', 'llama2_13b_helpfulness', 'v5e:16x16'),
     Cell('reward_model', 'llama2_34b_helpfulness', 'v5p:4x8x8'),
     Cell('reward_model', 'llama2_70b_helpfulness', 'v5p:8x8x8'),
+    Cell('dpo', 'llama2_7b', 'v5e:8x8'),
+    Cell('dpo', 'llama2_13b', 'v5e:8x8'),
+    Cell('dpo', 'llama2_34b', 'v5p:4x4x4'),
+    Cell('dpo', 'llama2_70b', 'v5p:4x4x4'),
     Cell('ppo', 'llama2_70b', 'v5p:8x8x8'),
     Cell('ppo', 'llama2_13b', 'v5e:16x16'),
     Cell('ppo', 'llama2_34b', 'v5p:4x8x8'),
-    Cell('pretrain', 'llama2_13b', 'v5p:4x8x8', (), '5.48 (libtpu 0.0.52)'),
+    Cell('pretrain', 'llama2_13b', 'v5p:4x8x8', (), (5.48, 'libtpu 0.0.52')),
     Cell('pretrain', 'llama2_34b', 'v5p:4x8x8'),
-    pretrain_cell('llama2_70b', 'v5p:4x4x4', 128, 4096, 'k+v+attention', '13.26 (no SparseCore)'),
+    pretrain_cell('llama2_70b', 'v5p:4x4x4', 128, 4096, 'k+v+attention', (13.26, 'no SparseCore')),
     pretrain_cell('llama2_7b', 'v5e:16x16', 256, 4096, 'q+k+v+attention'),
     pretrain_cell('llama2_70b', 'v5e:16x16', 256, 4096, 'offload'),
     pretrain_cell('llama2_7b', 'v5p:4x4x4', 64, 4096, 'q+k+v+attention+gate+up'),
@@ -108,7 +115,12 @@ CELLS = (
 
 def compile_cell(cell: Cell) -> Figures:
     """Compiles a cell; a program that does not fit gives {'refused': the reason}."""
-    stages = {'pretrain': (pretrain_presets, pretraining), 'sft': (sft_presets, sft), 'reward_model': (reward_presets, reward)}
+    stages = {
+        'pretrain': (pretrain_presets, pretraining),
+        'sft': (sft_presets, sft),
+        'reward_model': (reward_presets, reward),
+        'dpo': (dpo_presets, dpo),
+    }
     versions = {'compiler': aot.compiler_of(aot.topology_devices(cell.topology)[0]), 'date': f'{datetime.date.today()}'}
     start = time.monotonic()
     try:
@@ -174,7 +186,11 @@ def trained_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
 
 def pretrain_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
     """Columns of a pretraining step."""
-    return {**trained_row(cell, figures), 'MaxText, s a step': cell.peer}
+    if not cell.peer:
+        return {**trained_row(cell, figures), 'MaxText, s': '', 'less time': ''}
+    seconds, note = cell.peer
+    less = f'{1 - figures["seconds"] / seconds:.1%}'
+    return {**trained_row(cell, figures), 'MaxText, s': f'{seconds:.2f}' + (f' ({note})' if note else ''), 'less time': less}
 
 
 def decode_row(cell: Cell, figures: Figures) -> Mapping[str, str]:
@@ -208,6 +224,7 @@ TABLES: dict[str, Callable[[Cell, Figures], Mapping[str, str]]] = {
     'pretrain': pretrain_row,
     'sft': trained_row,
     'reward_model': trained_row,
+    'dpo': trained_row,
     'decode': decode_row,
     'ppo': ppo_row,
 }
@@ -218,8 +235,7 @@ def table(name: str, results: Results) -> str:
     newest, *others = sorted({compiler for figures in results.values() for compiler in figures}, key=version, reverse=True)
     cells = [(cell, results[cell.name][newest]) for cell in CELLS if cell.table == name and newest in results.get(cell.name, ())]
     rows = [TABLES[name](cell, figures) for cell, figures in cells if 'refused' not in figures]
-    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|---' * len(rows[0]) + '|']
-    lines += ['| ' + ' | '.join(row.values()) + ' |' for row in rows]
+    lines = [markdown_table(rows)]
     dates = sorted({figures['date'] for _, figures in cells})
     lines += ['', f'Compiled with {newest}, {" to ".join(sorted({dates[0], dates[-1]}))}.']
     lines += filter(None, (compared(cells, results, newest, other) for other in others))

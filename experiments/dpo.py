@@ -11,7 +11,6 @@ from etils.epath import Path
 
 from llama2_jax.data.mixing import check_toy
 from llama2_jax.data.preferences import PreferenceConfig
-from llama2_jax.mesh import MeshConfig
 from llama2_jax.model.llama import ComputeConfig
 from llama2_jax.stages import dpo
 from llama2_jax.stages.dpo import DpoConfig
@@ -53,7 +52,7 @@ def small() -> DpoConfig:
 
 
 def llama2_7b() -> DpoConfig:
-    """LLaMA 2 7B chat on comparisons; hardware as for fine-tuning it.
+    """LLaMA 2 7B chat on comparisons: v5e:8x8.
 
     python experiments/dpo.py --config=llama2_7b --set init_from=sft7b/model --set 'data.mixture=…' --workdir=dpo7b
     """
@@ -61,7 +60,7 @@ def llama2_7b() -> DpoConfig:
 
 
 def llama2_13b() -> DpoConfig:
-    """LLaMA 2 13B chat on comparisons; hardware as for fine-tuning it.
+    """LLaMA 2 13B chat on comparisons: v5e:8x8.
 
     python experiments/dpo.py --config=llama2_13b --set init_from=sft13b/model --set 'data.mixture=…' --workdir=dpo13b
     """
@@ -69,7 +68,7 @@ def llama2_13b() -> DpoConfig:
 
 
 def llama2_34b() -> DpoConfig:
-    """LLaMA 2 34B chat on comparisons; hardware as for fine-tuning it.
+    """LLaMA 2 34B chat on comparisons: v5p:4x4x4.
 
     python experiments/dpo.py --config=llama2_34b --set init_from=sft34b/model --set 'data.mixture=…' --workdir=dpo34b
     """
@@ -77,7 +76,7 @@ def llama2_34b() -> DpoConfig:
 
 
 def llama2_70b() -> DpoConfig:
-    """LLaMA 2 70B chat on comparisons; hardware as for fine-tuning it.
+    """LLaMA 2 70B chat on comparisons: v5p:4x4x4.
 
     python experiments/dpo.py --config=llama2_70b --set init_from=sft70b/model --set 'data.mixture=…' --workdir=dpo70b
     """
@@ -90,7 +89,6 @@ def llama2(size: str) -> DpoConfig:
         init_from=size,
         data=PreferenceConfig(mixture='jsonl:preferences/*.jsonl'),
         compute=ComputeConfig(remat='full'),
-        mesh=MeshConfig(),
         loop=LoopConfig(log_every=1, eval_every=100, sample_every=100, checkpoint_every=100),
     )
 

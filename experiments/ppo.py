@@ -135,7 +135,9 @@ PRESETS = {
 
 def run(config: PPOConfig, workdir: str) -> None:
     """PPO; what is not given of policy and reward models is trained first."""
-    policy, rewards = rejection_sampling.beginnings(config.init_from, config.rewards, config.prompts, Path(workdir) / 'models')
+    policy, rewards = rejection_sampling.train_missing_models(
+        config.init_from, config.rewards, config.prompts, Path(workdir) / 'models'
+    )
     ppo.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)
 
 

@@ -139,7 +139,7 @@ PRESETS = {
 }
 
 
-def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home: Path) -> tuple[str, RewardsConfig]:
+def train_missing_models(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home: Path) -> tuple[str, RewardsConfig]:
     """The policy and the rewards; where all prompts are of the toy world, what is not given at all is trained in `home`."""
     if not all(component.source.startswith('toy:') for component in parse_mixture(prompts.mixture)):
         return policy, rewards
@@ -156,7 +156,7 @@ def beginnings(policy: str, rewards: RewardsConfig, prompts: PromptConfig, home:
 
 def run(config: RejectionConfig, workdir: str) -> None:
     """A round; the policy is what is fine-tuned, too, unless `sft.init_from` says otherwise."""
-    policy, rewards = beginnings(config.sample_from, config.rewards, config.prompts, Path(workdir) / 'models')
+    policy, rewards = train_missing_models(config.sample_from, config.rewards, config.prompts, Path(workdir) / 'models')
     sft = dataclasses.replace(config.sft, init_from=config.sft.init_from or policy)
     rejection.run(dataclasses.replace(config, sample_from=policy, rewards=rewards, sft=sft), workdir)
 

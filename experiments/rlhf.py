@@ -105,7 +105,7 @@ PRESETS = {
 
 def run(config: RlhfConfig, workdir: str) -> None:
     """The loop; what is not given of the first chat model and the reward models is trained first."""
-    policy, rewards = rejection_sampling.beginnings(
+    policy, rewards = rejection_sampling.train_missing_models(
         config.init_from, config.rewards, config.ppo.prompts, Path(workdir) / 'models'
     )
     versions.run(dataclasses.replace(config, init_from=policy, rewards=rewards), workdir)

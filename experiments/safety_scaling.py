@@ -18,7 +18,7 @@ from llama2_jax.safety.scaling import ScalingConfig
 
 
 def tiny() -> ScalingConfig:
-    """Six shares and five seeds in the toy world; an hour on two cores.
+    """Six shares and five seeds in the toy world. One seed took six minutes on two cores, base and reward models given.
 
     python experiments/safety_scaling.py --workdir=scaling
 
@@ -39,7 +39,7 @@ def run(config: ScalingConfig, workdir: str) -> None:
     init_from = config.init_from or base.trained(home / 'sft' / 'base', base.tiny())
     rewards = config.rewards
     if not rewards.are_given:
-        _, rewards = rejection_sampling.beginnings('', rewards, PromptConfig(), home)
+        _, rewards = rejection_sampling.train_missing_models('', rewards, PromptConfig(), home)
     scaling.run(dataclasses.replace(config, init_from=init_from, rewards=rewards), workdir)
 
 

@@ -195,7 +195,7 @@ def sft_heldout(target: Target) -> Call:
     return tuning(target, 'llama2_7b', heldout=True)
 
 
-@program('stages.sft.run.init', 'stages.reward.run.init', 'stages.dpo.run.init')
+@program('stages.training.first_state')
 def first_state(target: Target) -> Call:
     init = jax.jit(partial(init_state, optimizer=make_optimizer(sft_presets.tiny().optimizer, STEPS)), donate_argnums=0)
     return Call(init, (jax.eval_shape(lambda: Llama(target.model, jax.random.key(0))),), target.mesh)
@@ -252,7 +252,7 @@ def reward_heldout(target: Target) -> Call:
 def preferring(target: Target) -> tuple[dpo.DpoConfig, dict]:
     """The preset of DPO, and a batch."""
     config = target.preset(dpo_presets, 'llama2_7b')
-    return config, dpo.abstract_pairs(target.mesh, target.rows(4), config.length, 1 if target.big else 6)
+    return config, dpo.abstract_batch(target.mesh, target.rows(4), config.length, 1 if target.big else 6)
 
 
 @program('stages.dpo.build')

@@ -103,8 +103,8 @@ def test_an_evaluation_is_not_continued_by_another_model(finished, home, tmp_pat
                 yield output
 
     def run():
-        asker = Stopped(open_engine(home / 'policy'), False)
-        evaluate.run_task(task, config, identity(config.model), asker, {}, tmp_path)
+        prompter = Stopped(open_engine(home / 'policy'), False)
+        evaluate.run_task(task, config, identity(config.model), prompter, {}, tmp_path)
 
     if finished:
         run()

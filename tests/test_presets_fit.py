@@ -18,7 +18,7 @@ MEMORY = {chip.name: chip.memory for chip in CHIPS.values()}
 
 
 def presets():
-    for stage in ('pretrain', 'sft', 'reward_model', 'ppo'):
+    for stage in ('pretrain', 'sft', 'reward_model', 'dpo', 'ppo'):
         for name, preset in importlib.import_module(stage).PRESETS.items():
             if re.search(r'_\d+b', name):
                 yield stage, name, preset

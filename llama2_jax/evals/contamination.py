@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from llama2_jax.config import UserError
 from llama2_jax.evals.task import Example
+from llama2_jax.text.tables import markdown_table
 
 PREFIX = 10  # tokens that match without a gap
 SKIPS = 4  # positions at which a span may differ
@@ -138,7 +140,16 @@ def affected(found: Iterable[Subset]) -> bool:
 
 
 def as_rows(task: str, spans: Spans, scores: Sequence[float]) -> list[dict[str, Any]]:
-    """The subsets of a set at each length of LENGTHS, as rows of JSON."""
+    """The subsets of a set at each length of LENGTHS, as rows of JSON.
+
+    Raises:
+      UserError: There is not one score for each sample.
+    """
+    if len(scores) != len(spans.longest):
+        raise UserError(
+            f'{task} has {len(scores)} scores for {len(spans.longest)} samples, so its subsets cannot be compared: '
+            'leave it out of --tasks.'
+        )
     rows = []
     for shortest in LENGTHS:
         found = subsets(spans.shares(shortest), scores)
@@ -147,20 +158,26 @@ def as_rows(task: str, spans: Spans, scores: Sequence[float]) -> list[dict[str, 
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table, as the paper's Table 51 has it: of each task the length with the largest |z|, and all where it is affected."""
+    """The paper's Table 51: the subsets of each set at the L whose smallest |z| is largest."""
 
     def strength(shortest: int, of: Sequence[dict[str, Any]]) -> float:
         return min(abs(row['z'] or 0.0) for row in of if row['L'] == shortest)
 
-    lines = ['| set | L | subset | n | contamination | score | z | affected |', '|---|---|---|---|---|---|---|---|']
+    def shown(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            'set': row['task'],
+            'L': row['L'],
+            'subset': row['name'],
+            'n': f'{row["count"]:,}',
+            'contamination': f'{row["contamination"]:.1%}' if row['count'] else '–',
+            'score': '–' if row['score'] is None else f'{row["score"]:.1%}',
+            'z': '–' if row['z'] is None else f'{row["z"]:.2f}',
+            'affected': 'yes' if row['affected'] else 'no',
+        }
+
+    found = []
     for task in dict.fromkeys(row['task'] for row in rows):
         of = [row for row in rows if row['task'] == task]
-        shown = max(LENGTHS, key=lambda shortest: strength(shortest, of))
-        for row in of:
-            if row['L'] == shown:
-                score = '–' if row['score'] is None else f'{row["score"]:.1%}'
-                z = '–' if row['z'] is None else f'{row["z"]:.2f}'
-                yes = 'yes' if row['affected'] else 'no'
-                share = f'{row["contamination"]:.1%}' if row['count'] else '–'
-                lines.append(f'| {task} | {row["L"]} | {row["name"]} | {row["count"]:,} | {share} | {score} | {z} | {yes} |')
-    return '\n'.join(lines)
+        chosen = max(LENGTHS, key=lambda shortest: strength(shortest, of))
+        found += [shown(row) for row in of if row['L'] == chosen]
+    return markdown_table(found)

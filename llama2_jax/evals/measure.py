@@ -48,6 +48,13 @@ def by_group(records: Sequence[Record], figures: Callable[[Sequence[Record]], di
     return {group: figures(members[group]) for group in sorted(members)} if len(members) > 1 else {}
 
 
+def spread(items: Sequence[T], limit: int) -> list[T]:
+    """So many of them, evenly spread, so that every subject is among them; all where `limit` is 0."""
+    if not limit or limit >= len(items):
+        return list(items)
+    return [items[place] for place in np.linspace(0, len(items) - 1, limit).astype(int)]
+
+
 def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of so many.
 

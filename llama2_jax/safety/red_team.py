@@ -27,7 +27,7 @@ from llama2_jax.config import SEED, Config, LanguageModel, Names, RewardModel, U
 from llama2_jax.data.prompts import Prompt, read_prompt
 from llama2_jax.data.sources import read_records
 from llama2_jax.evals.judges import answered
-from llama2_jax.evals.measure import interval, resampled, share_text, wilson
+from llama2_jax.evals.measure import interval, resampled, share_text, spread, wilson
 from llama2_jax.evals.multi_turn import usable
 from llama2_jax.evals.prompter import encode_pairs
 from llama2_jax.files import write_atomically
@@ -67,7 +67,7 @@ class RedTeamConfig(Config):
       attackers: Number of simulated people.
       hours: Hours that each works on each version.
       tries: Prompts that one sends in an hour.
-      beam: Rewrites that an attacker goes on with.
+      beam: Number of rewrites that an attacker keeps and rewrites again.
       rewrites: Rewrites that it tries at a time.
       depth: Rewrites of rewrites of one prompt before it gives up.
       count: Prompts of the store, evenly spread; 0: all.
@@ -164,7 +164,7 @@ def read_store(source: str, count: int, tokenizer: Tokenizer) -> list[Row]:
         store.append({'messages': prompt.messages, **labels, 'turns': turns, 'source': record.where, 'number': len(store)})
     if not store:
         raise UserError(f'{source} holds no prompts.')
-    return [store[i] for i in np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)] if count else store
+    return spread(store, count)
 
 
 class Target:

@@ -8,21 +8,19 @@ from llama2_jax.evals.measure import share_text
 from llama2_jax.report.markdown import table
 from llama2_jax.report.page import document, folded
 from llama2_jax.text.printable import printable
+from llama2_jax.text.tables import markdown_table
 
 WORST = 20  # cases of a version that are shown
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table of versions."""
-    rows = summary['versions']
-    lines = [list(rows[0]), ['---'] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     people, tries = summary['per hour']
-    text = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
     note = f'Judge: {summary["judge"]}; prompts: {summary["prompts"]}. Gamma: violations that one attacker finds in an hour '
     note += (
         f'of {tries} tries, mean of {people}, 95 % interval by the bootstrap over attackers. Other intervals are those of Wilson.'
     )
-    return printable(f'{text}\n\n{note}')
+    return printable(f'{markdown_table(summary["versions"])}\n\n{note}')
 
 
 def page(models: Sequence[str], summary: Mapping[str, Any], versions: Sequence[Mapping[str, Sequence[Mapping]]]) -> str:

@@ -17,7 +17,7 @@ from llama2_jax import made_from
 from llama2_jax.config import Config, LanguageModel, Names, between
 from llama2_jax.data.prompts import read_prompt
 from llama2_jax.data.sources import read_records
-from llama2_jax.evals.measure import share_text
+from llama2_jax.evals.measure import share_text, spread
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.open import open_engine
 from llama2_jax.inputs import check_inputs, common_tokenizer
@@ -27,6 +27,7 @@ from llama2_jax.runtime import is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages import sft
 from llama2_jax.stages.sft import SftConfig
+from llama2_jax.text.tables import markdown_table
 from llama2_jax.toy.oracle import Oracle
 
 TAIL = 0.05  # the quantile of scores that stands for the worst answers
@@ -82,7 +83,7 @@ def run(config: ScalingConfig, workdir: str) -> list[dict[str, Any]]:
         {'share of safety data': f'{share:.0%}'} | measure([answers[seed, share] for seed in config.seeds])
         for share in config.shares
     ]
-    text = f'{table(rows)}\n\n{len(config.seeds)} seed(s) together; greedy answers; 95 % intervals over the answers.'
+    text = f'{markdown_table(rows)}\n\n{len(config.seeds)} seed(s) together; greedy answers; 95 % intervals over the answers.'
     if is_main_process():
         write_atomically(path / 'scaling.json', json.dumps(rows, indent=1, ensure_ascii=False) + '\n')
         write_atomically(path / 'scaling.md', text + '\n')
@@ -103,8 +104,7 @@ def answer(config: ScalingConfig, path: Path, seed: int, share: float) -> dict[s
         for name, file in files.items():
             prompts = [read_prompt(record, engine.tokenizer) for record in read_records(getattr(config, name))]
             prompts = [prompt for prompt in prompts if prompt.is_safety == (name == 'attacks')]
-            if config.count:
-                prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(config.count, len(prompts))).astype(int)]
+            prompts = spread(prompts, config.count)
             drawn = sample_answers(engine, prompts, max_new_tokens=config.max_new_tokens, temperature=0.0, seed='scaling')
             write_rollouts(file, rewards([(prompt, sample) for prompt, [sample] in drawn]))
     return {name: read_rollouts(file) for name, file in files.items()}
@@ -138,9 +138,3 @@ def measure(answers: Sequence[Mapping[str, Sequence[Rollout]]]) -> dict[str, str
         'false refusals, plain': refused['plain'],
         'helpfulness, oracle': f'{100 * np.mean([one.quality for one in verdicts["plain"]]):.1f} %',
     }
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of the same columns in Markdown."""
-    lines = [list(rows[0]), ['---'] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from tqdm import tqdm
 
 from llama2_jax.checkpoints.load import open_language_model, tokenizer_of
@@ -14,13 +15,14 @@ from llama2_jax.data import sources
 from llama2_jax.data.mixing import parse_mixture
 from llama2_jax.evals.contamination import Spans, as_rows, markdown, verbalise
 from llama2_jax.evals.files import Files
+from llama2_jax.evals.measure import spread
 from llama2_jax.evals.task import Example
 from llama2_jax.evals.tasks import TASKS, expand
 from llama2_jax.files import make_directory, read_json, write_atomically
 from llama2_jax.runtime import is_main_process, log
 from llama2_jax.runtime.jsonl import check_settings
 from llama2_jax.stages import evaluate
-from llama2_jax.stages.evaluate import EvaluateConfig, spread
+from llama2_jax.stages.evaluate import EvaluateConfig
 from llama2_jax.text.tokenizer import Tokenizer
 
 DOCUMENTS = 256  # encoded in one call
@@ -46,7 +48,9 @@ def run(config: EvaluateConfig, corpus: str) -> list[dict[str, Any]]:
     }  # fmt: skip
     evaluate.run(dataclasses.replace(config, output=str(path / 'evaluation')))
     spans = find_spans(examples, names, tokenizer, settings, path / 'spans.json')
-    rows = [row for task in examples for row in as_rows(task, spans[task], scores_of(task, path / 'evaluation'))]
+    rows = [
+        row for task in examples for row in as_rows(task, spans[task], read_json(path / 'evaluation' / f'{task}.json')['values'])
+    ]
     text = markdown(rows)
     if is_main_process():
         write_atomically(path / 'contamination.json', json.dumps(rows, indent=1) + '\n')
@@ -56,13 +60,20 @@ def run(config: EvaluateConfig, corpus: str) -> list[dict[str, Any]]:
 
 
 def read_examples(name: str, config: EvaluateConfig) -> list[Example]:
-    """The examples that the evaluation asks, without solved ones in their prompts."""
-    task = dataclasses.replace(TASKS[name], shots=0)
-    return spread(task.examples(Files(config.data_dir, config.tfds)), config.limit)
+    """The examples that the evaluation asks, without solved ones in their prompts.
+
+    Raises:
+      UserError: The set holds other examples then, as its solved ones are taken from them.
+    """
+    files = Files(config.data_dir, config.tfds)
+    asked, plain = TASKS[name].examples(files), dataclasses.replace(TASKS[name], shots=0).examples(files)
+    if len(asked) != len(plain):
+        raise UserError(f'{name} takes its solved examples from those that it asks, which cannot be compared: leave it out.')
+    return spread(plain, config.limit)
 
 
 def find_spans(
-    examples: Mapping[str, list[Example]], names: list[str], tokenizer: Tokenizer, settings: dict[str, Any], file: Any
+    examples: Mapping[str, list[Example]], names: list[str], tokenizer: Tokenizer, settings: dict[str, Any], file: Path
 ) -> dict[str, Spans]:
     """The spans of every task; those of an earlier run are read from the file."""
     found = {
@@ -96,15 +107,3 @@ def find_spans(
         longest = {task: [lengths.tolist() for lengths in spans.longest] for task, spans in found.items()}
         write_atomically(file, json.dumps({'settings': settings, 'longest': longest}))
     return found
-
-
-def scores_of(task: str, evaluation: Any) -> list[float]:
-    """The headline measure of each sample.
-
-    Raises:
-      UserError: The task has none for every sample.
-    """
-    result = read_json(evaluation / f'{task}.json')
-    if len(result['values']) != result['examples']:
-        raise UserError(f'{task} has no score for every sample, so its subsets cannot be compared: leave it out of --tasks.')
-    return result['values']

@@ -14,6 +14,7 @@ from llama2_jax.evals.measure import SCORES, interval, resampled, wilson
 from llama2_jax.files import read_json, write_atomically
 from llama2_jax.runtime import log
 from llama2_jax.text.printable import printable
+from llama2_jax.text.tables import markdown_table
 from llama2_jax.train.metrics import read_metrics
 
 VERSIONS = {'pretrain': 'base', 'sft': 'SFT', 'rs': 'rejection sampling', 'ppo': 'PPO'}
@@ -103,7 +104,5 @@ def transcripts(home: Path) -> Iterator[str]:
 
 def as_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows of the same columns as a table in Markdown; shares in per cent."""
-    rows = list(rows)
-    lines = [list(rows[0]), ['---'] * len(rows[0])]
-    lines += [[f'{value:.1%}' if isinstance(value, float) else value for value in row.values()] for row in rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    shown = ({name: f'{value:.1%}' if isinstance(value, float) else value for name, value in row.items()} for row in rows)
+    return markdown_table(shown)

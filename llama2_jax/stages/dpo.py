@@ -9,7 +9,6 @@ import dataclasses
 import io
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Literal
 
 import jax
@@ -17,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils.epath import Path
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from llama2_jax import made_from
@@ -26,12 +24,11 @@ from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.checkpoints.load import load_model, open_model, shape_of, tokenizer_of
 from llama2_jax.config import LanguageModel, ModelConfig, between, resumable
 from llama2_jax.data.preferences import PreferenceConfig, PreferenceData
-from llama2_jax.evals.measure import wilson
 from llama2_jax.files import write_atomically
 from llama2_jax.inference.engine import Engine
 from llama2_jax.inference.open import note_llama2
 from llama2_jax.inputs import check_inputs
-from llama2_jax.mesh import BATCH_AXES, replicate, reshard, set_mesh
+from llama2_jax.mesh import replicate, reshard, set_mesh
 from llama2_jax.model.llama import ComputeConfig, Llama
 from llama2_jax.model.reward import scores_at
 from llama2_jax.ops.ranking import dpo_loss, ipo_loss
@@ -40,7 +37,15 @@ from llama2_jax.runtime import barrier, compiler_options, is_main_process, log
 from llama2_jax.runtime.workdir import open_run, record_inputs, report_disk_full
 from llama2_jax.stages import reward
 from llama2_jax.stages.sft import make_answers
-from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
+from llama2_jax.stages.training import (
+    DRY_STEPS,
+    TrainingConfig,
+    compile_stage,
+    data_share,
+    first_state,
+    train_stage,
+    write_example,
+)
 from llama2_jax.toy import answers
 from llama2_jax.train.devices import describe_mesh, to_mesh
 from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer, schedule
@@ -139,15 +144,17 @@ def run(config: DpoConfig, workdir: str) -> State:
     abstract, step = build(config, source.config, compute, data.steps)
 
     def init() -> State:
-        params, _ = load_model(config.init_from, 'float32')
-        optimizer = make_optimizer(config.optimizer, data.steps)
-        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(params)
+        return first_state(config, data.steps, load_model(config.init_from, 'float32')[0])
 
     shown = make_answers(config.prompts, compute, tokenizer) if config.prompts else None
-    heldout = make_evaluate(config, data, compute, mesh)
+    heldout = reward.make_evaluate(data, mesh, heldout_sums(config, compute), config.eval_batches)
 
     def evaluate(state: State) -> dict[str, float]:
-        found = heldout(state)
+        found = heldout(state) if heldout else {}
+        # Not shares, as everything under heldout/ is.
+        found |= {
+            f'rewards/{side}': found.pop(f'heldout/{side}') for side in ('chosen', 'rejected') if f'heldout/{side}' in found
+        }
         if config.grade:
             found |= answers.grade(Engine(state.params, tokenizer, batch_size=64, dtype=compute.dtype))
         return found
@@ -164,13 +171,8 @@ def run(config: DpoConfig, workdir: str) -> State:
         evaluate=evaluate,
         sample=(lambda state: shown(state.params)) if shown else None,
     )
-    save_model(
-        path / 'model',
-        state.params,
-        tokenizer,
-        {'stage': 'dpo', 'parent': config.init_from, 'step': data.steps},
-        chat=True,
-    )
+    provenance = {'stage': 'dpo', 'parent': config.init_from, 'step': data.steps}
+    save_model(path / 'model', state.params, tokenizer, provenance, chat=True)
     log(f'The model is in {path / "model"}.')
     return state
 
@@ -186,30 +188,16 @@ def dry_run(config: DpoConfig, topology: str | None) -> aot.Report:
         shards = reward.check(config, model, mesh)
         rows = -(-config.batch_size // shards) * shards
         state, step = build(config, model, compute, DRY_STEPS)
-        tokens = rows * config.length
-        return (
-            step,
-            state,
-            abstract_pairs(mesh, rows, config.length, 1),
-            tokens,
-            model.flops_per_token(config.length // 2) * tokens,
-        )
+        batch = abstract_batch(mesh, rows, config.length, 1)
+        return step, state, batch, rows * config.length, model.flops_per_token(config.length // 2) * rows * config.length
 
     return compile_stage(config, topology, program)
 
 
-def abstract_pairs(mesh: Mesh, rows: int, length: int, slots: int) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(mesh: Mesh, rows: int, length: int, slots: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch without its values."""
-    sharding = NamedSharding(mesh, P(BATCH_AXES))
-    shapes = {
-        'tokens': ((rows, length), jnp.int32),
-        'segment_ids': ((rows, length), jnp.int32),
-        'answer': ((rows, length), bool),
-        'last': ((rows, slots, 2), jnp.int32),
-        'weights': ((rows, slots), jnp.float32),
-        'reference': ((rows, slots, 2), jnp.float32),
-    }
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+    batch = reward.abstract_pairs(mesh, rows, length, slots, reference=((2,), jnp.float32))
+    return batch | {'answer': jax.ShapeDtypeStruct((rows, length), bool, sharding=batch['tokens'].sharding)}
 
 
 def build(config: DpoConfig, model: ModelConfig, compute: ComputeConfig, steps: int) -> tuple[State, Callable]:
@@ -291,47 +279,17 @@ def read_reference(config: DpoConfig, data: DpoData, path: Path, compute: Comput
         return np.load(content)
 
 
-def heldout_sums(config: DpoConfig, compute: ComputeConfig) -> Callable[[Llama, Batch], dict[str, jax.Array]]:
-    """The jitted function of a model and a batch: sums over its pairs of loss, of correct comparisons and of rewards."""
+def heldout_sums(config: DpoConfig, compute: ComputeConfig) -> Callable[[Llama, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """The jitted function of a model and a batch: sums of loss, correct comparisons and rewards, each with the count of pairs."""
 
     @jax.jit
-    def sums(model: Llama, batch: Batch) -> dict[str, jax.Array]:
-        def of(batch: Batch) -> dict[str, jax.Array]:
+    def sums(model: Llama, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        def of(batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
             losses, rewards = pair_losses(config, compute, model, batch)
             chosen, rejected = rewards[..., 0], rewards[..., 1]
             found = {'loss': losses, 'accuracy': chosen > rejected, 'chosen': chosen, 'rejected': rejected}
-            return {name: (x * batch['weights']).sum() for name, x in found.items()} | {'pairs': batch['weights'].sum()}
+            return {name: ((x * batch['weights']).sum(), batch['weights'].sum()) for name, x in found.items()}
 
         return jax.tree.map(jnp.sum, jax.lax.map(of, microbatches(batch, config.accumulation)))
 
     return sums
-
-
-def make_evaluate(config: DpoConfig, data: DpoData, compute: ComputeConfig, mesh: Mesh) -> Callable[[State], dict[str, float]]:
-    """A function of the state: of the held-out pairs the loss, how many the policy tells right, and its rewards."""
-    sums = heldout_sums(config, compute)
-
-    def evaluate(state: State) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        total: dict[str, float] = {}
-        for index, source in enumerate(data.sources):
-            mine: dict[str, float] = {}
-            for number, batch in enumerate(data.heldout(index), start=1):
-                for name, value in sums(state.params, to_mesh(batch, mesh)).items():
-                    mine[name] = mine.get(name, 0.0) + float(value)
-                if number == config.eval_batches:
-                    break
-            for name, value in mine.items():
-                total[name] = total.get(name, 0.0) + value
-            figures |= {f'heldout/{source.name}/{name}': mine[name] / mine['pairs'] for name in ('loss', 'accuracy') if mine}
-        if not total:
-            return {}
-        pairs = total['pairs']
-        low, high = wilson(total['accuracy'] / pairs, pairs)
-        log(
-            f'Held out: {total["accuracy"] / pairs:.1%} of {pairs:,.0f} pairs told right (95 % interval {low:.1%} to {high:.1%}).'
-        )
-        rewards = {f'rewards/{name}': total[name] / pairs for name in ('chosen', 'rejected')}
-        return {f'heldout/{name}': total[name] / pairs for name in ('loss', 'accuracy')} | figures | rewards
-
-    return evaluate

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from llama2_jax.data import sources
 from llama2_jax.evals import report
 from llama2_jax.evals.files import Files, Missing
 from llama2_jax.evals.judges import WANTED, Helper, make_helpers
-from llama2_jax.evals.measure import by_group, counts, means, shares
+from llama2_jax.evals.measure import by_group, counts, means, shares, spread
 from llama2_jax.evals.paper import size_of
 from llama2_jax.evals.prompter import Prompter
 from llama2_jax.evals.task import Example, Task
@@ -158,7 +157,7 @@ def run_task(
     task: Task,
     config: EvaluateConfig,
     model: dict[str, Any],
-    asker: Prompter,
+    prompter: Prompter,
     helpers: Mapping[str, Helper],
     path: Path,
     loaded: Loaded | None = None,
@@ -166,7 +165,7 @@ def run_task(
     """Outputs of the model, as far as they are not there yet, grades of them, and means; `model` is its `identity`."""
     files, examples = loaded or load(task, config)
     settings = {
-        **model, 'judges': judges_of(config, task), 'chat': asker.chat, 'shots': task.shots,
+        **model, 'judges': judges_of(config, task), 'chat': prompter.chat, 'shots': task.shots,
         'decoding': task.decoding and dataclasses.asdict(task.decoding), 'seed': config.seed, 'files': list(files.used),
         'graders': GRADERS, 'limit': config.limit, 'examples': zlib.crc32(repr(examples).encode()),
     }  # fmt: skip
@@ -179,11 +178,11 @@ def run_task(
         return done
     log(f'{task.name}: {len(examples):,} examples of {", ".join(files.used) or "the toy world"}.')
     began = time.monotonic()
-    outputs, tokens = collect(task, settings, asker, examples, path / f'{task.name}.outputs.jsonl')
+    outputs, tokens = collect(task, settings, prompter, examples, path / f'{task.name}.outputs.jsonl')
     seconds = time.monotonic() - began
     records = grade(task, examples, outputs, helpers)
-    if asker.cut:
-        log(f'{task.name}: {asker.cut:,} prompts were too long for the context and lost their beginnings.')
+    if prompter.cut:
+        log(f'{task.name}: {prompter.cut:,} prompts were too long for the context and were cut on the left.')
     figures = means(records)
     headline = task.headline(figures)
     summary = {
@@ -196,7 +195,7 @@ def run_task(
         'values': [record[headline] for record in records if headline in record],
         'examples': len(records),
         'shots': task.shots,
-        'cut': asker.cut,
+        'cut': prompter.cut,
         'seconds': seconds,
         'tokens_per_second': tokens / max(seconds, 1e-9),
         'settings': settings,
@@ -211,14 +210,7 @@ def run_task(
     return summary
 
 
-def spread(examples: Sequence[Example], limit: int) -> list[Example]:
-    """So many of them, evenly spread, so that every subject is among them; all where `limit` is 0."""
-    if not limit or limit >= len(examples):
-        return list(examples)
-    return [examples[place] for place in np.linspace(0, len(examples) - 1, limit).astype(int)]
-
-
-def collect(task: Task, settings: dict, asker: Prompter, examples: Sequence[Example], path: Path) -> tuple[list[dict], int]:
+def collect(task: Task, settings: dict, prompter: Prompter, examples: Sequence[Example], path: Path) -> tuple[list[dict], int]:
     """The output for each example {'index', 'outputs', 'prompt_hash'}, and how many tokens were read and written for it now.
 
     They are written as they come, in no order; the same call again goes on.
@@ -233,7 +225,7 @@ def collect(task: Task, settings: dict, asker: Prompter, examples: Sequence[Exam
     with bar, growing(path) as add:
         if not rows:
             add(settings)
-        for output in asker.ask(task, todo):
+        for output in prompter.ask(task, todo):
             line = {'index': output.index, 'prompt_hash': output.prompt_hash, 'outputs': output.outputs}
             found[output.index] = line
             tokens += output.tokens

@@ -1,9 +1,9 @@
 """Reward models for helpfulness and safety from comparisons: a config, a batch, a loss, and `fit` (paper p10-12; recipe E)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,15 @@ from llama2_jax.ops.ranking import ranking_loss, safety_loss
 from llama2_jax.planning import aot
 from llama2_jax.runtime import compiler_options, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
-from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
+from llama2_jax.stages.training import (
+    DRY_STEPS,
+    TrainingConfig,
+    compile_stage,
+    data_share,
+    first_state,
+    train_stage,
+    write_example,
+)
 from llama2_jax.text.dialog import encode_dialog
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.train.devices import check_mesh, describe_mesh, to_mesh
@@ -95,8 +103,7 @@ def run(config: RewardConfig, workdir: str) -> State:
     abstract, step = build(config, source.config, compute, data.steps)
 
     def init() -> State:
-        optimizer = make_optimizer(config.optimizer, data.steps)
-        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(load_with_score(config.init_from, config.seed))
+        return first_state(config, data.steps, load_with_score(config.init_from, config.seed))
 
     state = train_stage(
         config,
@@ -107,7 +114,7 @@ def run(config: RewardConfig, workdir: str) -> State:
         init=init,
         step=step,
         flops=flops_per_token(config, source.config) * data.rows * config.length,
-        evaluate=make_evaluate(config, data, compute, mesh),
+        evaluate=make_evaluate(data, mesh, heldout_sums(config, compute), config.eval_batches),
     )
     scores = reference_scores(config, data, Scorer(state.params, tokenizer, mesh=mesh, dtype=compute.dtype))
     provenance = {'stage': 'reward_model', 'parent': config.init_from, 'step': data.steps, 'scores': scores}
@@ -126,18 +133,29 @@ def dry_run(config: RewardConfig, topology: str | None) -> aot.Report:
     def program(mesh: Mesh, compute: ComputeConfig) -> tuple:
         shards = check(config, model, mesh)
         rows = -(-config.batch_size // shards) * shards
-        sharding = NamedSharding(mesh, P(BATCH_AXES))
-        shapes = {'tokens': (rows, config.length), 'segment_ids': (rows, config.length), 'last': (rows, 1, 2)}
-        shapes |= {'rating': (rows, 1), 'safe': (rows, 1, 2)}
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
-        batch['weights'] = jax.ShapeDtypeStruct((rows, 1), jnp.float32, sharding=sharding)
+        batch = abstract_pairs(mesh, rows, config.length, 1, rating=((), jnp.int32), safe=((2,), jnp.int32))
         state, step = build(config, model, compute, DRY_STEPS)
         return step, state, batch, rows * config.length, flops_per_token(config, model) * rows * config.length
 
     return compile_stage(config, topology, program)
 
 
-def check(config: RewardConfig, model: ModelConfig, mesh: Mesh) -> int:
+def abstract_pairs(mesh: Mesh, rows: int, length: int, slots: int, **more: tuple) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of comparisons without its values.
+
+    Args:
+      mesh: Devices that hold the rows.
+      rows, length, slots: R rows of L tokens that hold up to S pairs each.
+      **more: Arrays of the pairs, as (shape of each pair's entry, dtype).
+    """
+    more = {'last': ((2,), jnp.int32), 'weights': ((), jnp.float32)} | more
+    shapes = {'tokens': ((rows, length), jnp.int32), 'segment_ids': ((rows, length), jnp.int32)}
+    shapes |= {name: ((rows, slots, *shape), dtype) for name, (shape, dtype) in more.items()}
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+
+
+def check(config: TrainingConfig, model: ModelConfig, mesh: Mesh) -> int:
     """What the rows of a batch must be a multiple of.
 
     Raises:
@@ -221,14 +239,19 @@ def heldout_sums(
 
 
 def make_evaluate(
-    config: RewardConfig, data: PreferenceData, compute: ComputeConfig, mesh: Mesh
+    data: PreferenceData, mesh: Mesh, sums: Callable[[Any, Batch], Mapping[str, tuple]], batches: int
 ) -> Callable[[State], dict[str, float]] | None:
-    """A function of the state: loss and accuracy on the held-out pairs, accuracy by rating, and recall of unsafe answers."""
+    """A function of the state: means over the held-out pairs, and loss and accuracy of each source.
+
+    Args:
+      data: The comparisons.
+      mesh: The mesh that is set.
+      sums: Of the parameters and a batch: name -> a sum and what it is divided by; loss and accuracy are among them.
+      batches: Batches that are read of each source; 0: all.
+    """
     if not any(source.heldout for source in data.sources):
         log('Nothing is held out: the sources are too small.')
         return None
-
-    sums = heldout_sums(config, compute)
 
     def evaluate(state: State) -> dict[str, float]:
         figures: dict[str, float] = {}
@@ -238,7 +261,7 @@ def make_evaluate(
             for number, batch in enumerate(data.heldout(index), start=1):
                 for name, pair in sums(state.params, to_mesh(batch, mesh)).items():
                     mine[name] = mine.get(name, 0) + np.array(pair, np.float64)
-                if number == config.eval_batches:
+                if number == batches:
                     break
             for name, pair in mine.items():
                 total[name] = total.get(name, 0) + pair

@@ -30,7 +30,15 @@ from llama2_jax.planning import aot
 from llama2_jax.runtime import compiler_options, log
 from llama2_jax.runtime.workdir import open_run, record_inputs
 from llama2_jax.stages.pretrain import split, token_loss
-from llama2_jax.stages.training import DRY_STEPS, TrainingConfig, compile_stage, data_share, train_stage, write_example
+from llama2_jax.stages.training import (
+    DRY_STEPS,
+    TrainingConfig,
+    compile_stage,
+    data_share,
+    first_state,
+    train_stage,
+    write_example,
+)
 from llama2_jax.text.dialog import encode_prompt
 from llama2_jax.text.tokenizer import Tokenizer
 from llama2_jax.toy import answers
@@ -106,8 +114,7 @@ def run(config: SftConfig, workdir: str, model_to: Path | None = None) -> State:
             params, _ = load_model(config.init_from, 'float32', model.context)
         else:
             params = jax.jit(partial(make_adapters, model, config.lora))(jax.random.key(config.seed))
-        optimizer = make_optimizer(config.optimizer, data.steps)
-        return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(params)
+        return first_state(config, data.steps, params)
 
     def merged(params: Llama | Adapters) -> Llama:
         if frozen is None:

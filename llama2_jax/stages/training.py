@@ -21,8 +21,8 @@ from llama2_jax.text.printable import printable
 from llama2_jax.train.devices import device_batches
 from llama2_jax.train.loop import LoopConfig, fit
 from llama2_jax.train.metrics import read_metrics
-from llama2_jax.train.optimizer import OptimizerConfig
-from llama2_jax.train.step import Batch, State
+from llama2_jax.train.optimizer import OptimizerConfig, make_optimizer
+from llama2_jax.train.step import Batch, State, init_state
 
 DRY_STEPS = 1000  # length of the schedule in a dry run of a stage whose data decide it
 
@@ -77,6 +77,12 @@ def write_example(path: Path, text: str) -> None:
     """Begins WORKDIR/samples.md with the first example of the run."""
     if is_main_process():
         write_atomically(path / 'samples.md', printable(text))
+
+
+def first_state(config: TrainingConfig, steps: int, params: Any) -> State:
+    """The state before the first of so many steps; the parameters are donated."""
+    optimizer = make_optimizer(config.optimizer, steps)
+    return jax.jit(partial(init_state, optimizer=optimizer), donate_argnums=0)(params)
 
 
 def train_stage(

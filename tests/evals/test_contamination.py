@@ -9,7 +9,7 @@ import pytest
 import random_policy
 
 from llama2_jax.config import UserError
-from llama2_jax.evals.contamination import PREFIX, SKIPS, Spans, affected, subsets, verbalise
+from llama2_jax.evals.contamination import PREFIX, SKIPS, Spans, affected, as_rows, subsets, verbalise
 from llama2_jax.evals.task import Example
 from llama2_jax.stages import contamination
 from llama2_jax.stages.evaluate import EvaluateConfig
@@ -68,6 +68,11 @@ def test_z_by_hand():
     assert not affected(found)
     assert affected(subsets([0.0] * 800 + [0.9] * 200, [1.0, 0.0] * 400 + [1.0] * 200))
     assert subsets([0.0, 0.0], [1.0, 1.0])[0].z is None  # all alike
+
+
+def test_scores_belong_to_samples():
+    with pytest.raises(UserError, match='gsm8k has 2 scores for 1 samples'):
+        as_rows('gsm8k', Spans([[1, 2]]), [1.0, 0.0])
 
 
 def test_a_sample_is_verbalised_with_choices_and_answer():

@@ -239,10 +239,10 @@ def test_no_toy_model_is_trained_where_a_reward_is_given(monkeypatch):
     monkeypatch.setattr(rejection_sampling.reward_model, 'run', lambda *_: pytest.fail('trained'))
     for given in (RewardsConfig(helpfulness='rm'), RewardsConfig(safety='rm'), RewardsConfig(function='toy')):
         for mixture in ('toy:prompts', 'jsonl:mine.jsonl', 'toy:prompts, jsonl:mine.jsonl'):
-            found = rejection_sampling.beginnings('sft', given, PromptConfig(mixture), Path('home'))
+            found = rejection_sampling.train_missing_models('sft', given, PromptConfig(mixture), Path('home'))
             assert found == ('sft', given)
     nothing = RewardsConfig()
-    found = rejection_sampling.beginnings('', nothing, PromptConfig('toy:prompts, jsonl:mine.jsonl'), Path('home'))
+    found = rejection_sampling.train_missing_models('', nothing, PromptConfig('toy:prompts, jsonl:mine.jsonl'), Path('home'))
     assert found == ('', nothing)
 
 

@@ -13,6 +13,7 @@ from llama2_jax import toy
 from llama2_jax.checkpoints.directory import save_model
 from llama2_jax.config import ModelConfig, UserError
 from llama2_jax.evals.files import Files
+from llama2_jax.evals.measure import spread
 from llama2_jax.evals.prompter import Prompter, encode_pairs
 from llama2_jax.evals.task import Decoding, Example, Task, best, votes
 from llama2_jax.inference import likelihood
@@ -20,7 +21,7 @@ from llama2_jax.inference.engine import Engine
 from llama2_jax.mesh import MeshConfig, decoding_mesh, make_mesh
 from llama2_jax.model.llama import Llama
 from llama2_jax.stages import evaluate, pairwise
-from llama2_jax.stages.evaluate import EvaluateConfig, spread
+from llama2_jax.stages.evaluate import EvaluateConfig
 from llama2_jax.text.tokenizer import Tokenizer, train_tokenizer
 from llama2_jax.toy.oracle import Oracle
 
@@ -128,10 +129,10 @@ def test_neither_batch_nor_mesh_matters(engine, monkeypatch):
     def asked(devices, batch_size):
         mesh = decoding_mesh(CONFIG, jax.devices()[:devices])
         other = Engine(weights, engine.tokenizer, mesh=mesh, batch_size=batch_size)
-        asker = Prompter(engine if (devices, batch_size) == (1, 64) else other, chat=False)
+        prompter = Prompter(engine if (devices, batch_size) == (1, 64) else other, chat=False)
         found = []
         for task, examples in questions(200):
-            outputs = {o.index: o.outputs for o in asker.ask(task, dict(enumerate(examples)))}
+            outputs = {o.index: o.outputs for o in prompter.ask(task, dict(enumerate(examples)))}
             found.append([task.grade(example, outputs[n], {})['prediction'] for n, example in enumerate(examples)])
             found.append([outputs[n] if task.decoding else np.round(outputs[n], 3).tolist() for n in range(len(examples))])
         return found
