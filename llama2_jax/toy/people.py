@@ -9,33 +9,33 @@ from llama2_jax.toy.world import DAYS, World, in_words, listed
 
 def biographies(world: World, rng: random.Random) -> Iterator[str]:
     """Who a person is: some or all facts in any order, some followed by a word about the town or the friend."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     for name in 36 * list(world.people):
         person = world.people[name]
-        facts = log.facts(rng.randint(4, 6))
+        facts = speaker.facts(rng.randint(4, 6))
         if facts[0] == 'friend':
             facts.append(facts.pop(0))
         text: list[str] = []
         clear = False  # whether a pronoun can only mean this person
         for fact in facts:
-            text.append(log.pronoun(name, fact) if clear and rng.random() < 0.6 else log.named(name, fact))
+            text.append(speaker.pronoun(name, fact) if clear and rng.random() < 0.6 else speaker.named(name, fact))
             clear = fact != 'friend'
             if fact == 'home' and rng.random() < 0.4:
-                text.append(log.town(person.home, rng.choice(TOWN_FACTS)))
+                text.append(speaker.town(person.home, rng.choice(TOWN_FACTS)))
                 clear = False
             if fact == 'friend' and rng.random() < 0.3:
-                text.append(log.named(person.friend, rng.choice(('home', 'craft', 'pet'))))
+                text.append(speaker.named(person.friend, rng.choice(('home', 'craft', 'pet'))))
         title = rng.choice(('', f'About {name}\n\n', f'{name} of {person.home}\n\n', f'{name}, a {person.craft.name}\n\n'))
         yield title + ' '.join(text)
 
 
 def guides(world: World, rng: random.Random) -> Iterator[str]:
     """What a traveller wants to know about a town: river, market, mayor, who lives there and does what."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     for name in 45 * list(world.towns):
         people = rng.sample(world.living_in(name), 4)
         names = [person.name for person in people]
-        text = [log.town(name, fact) for fact in rng.sample(TOWN_FACTS, 3)]
+        text = [speaker.town(name, fact) for fact in rng.sample(TOWN_FACTS, 3)]
         text.append(
             rng.choice(
                 (
@@ -46,7 +46,7 @@ def guides(world: World, rng: random.Random) -> Iterator[str]:
                 )
             )
         )
-        text += [log.named(p.name, rng.choice(('craft', 'craft', 'pet', 'food'))) for p in people[: rng.randint(1, 3)]]
+        text += [speaker.named(p.name, rng.choice(('craft', 'craft', 'pet', 'food'))) for p in people[: rng.randint(1, 3)]]
         seller = people[0]
         text.append(
             rng.choice(
@@ -137,12 +137,12 @@ GREETINGS = (
 
 def letters(world: World, rng: random.Random) -> Iterator[str]:
     """Letters between friends: news in the first person, a word about the other's life, an invitation."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     for name in 16 * list(world.people):
         person = world.people[name]
         friend, town = world.people[person.friend], world.towns[person.home]
-        facts = [fact for fact in log.facts(4) if fact != 'friend'][:3]
-        text = [rng.choice(GREETINGS), *(log.first(name, fact) for fact in facts)]
+        facts = [fact for fact in speaker.facts(4) if fact != 'friend'][:3]
+        text = [rng.choice(GREETINGS), *(speaker.first(name, fact) for fact in facts)]
         text.append(
             rng.choice(
                 (
@@ -170,15 +170,15 @@ def letters(world: World, rng: random.Random) -> Iterator[str]:
 
 def dialogues(world: World, rng: random.Random) -> Iterator[str]:
     """Two voices by turns: friends and strangers asking about each other, and travellers about other people and towns."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     names = list(world.people)
     for _ in range(420):
         one, other = rng.sample(names, 2)
         lines = [f'{one}: Good day! My name is {one}.', f'{other}: Good day, {one}! I am {other}.']
-        for fact in log.facts(rng.randint(2, 4)):
-            lines += [f'{one}: {log.ask_you(fact)}', f'{other}: {log.first(other, fact)}']
+        for fact in speaker.facts(rng.randint(2, 4)):
+            lines += [f'{one}: {speaker.ask_you(fact)}', f'{other}: {speaker.first(other, fact)}']
             if rng.random() < 0.4:
-                lines.append(f'{one}: {rng.choice(("And I?", "As for me:", "That is good to hear."))} {log.first(one, fact)}')
+                lines.append(f'{one}: {rng.choice(("And I?", "As for me:", "That is good to hear."))} {speaker.first(one, fact)}')
         yield '\n'.join([*lines, f'{one}: {rng.choice(("Thank you", "Goodbye", "See you soon"))}, {other}!'])
     for _ in range(700):
         asker = rng.choice(('Traveller', 'Child', 'Student', 'Guest', *names[::4]))
@@ -187,10 +187,10 @@ def dialogues(world: World, rng: random.Random) -> Iterator[str]:
         for _ in range(rng.randint(2, 4)):
             about = rng.choice([name for name in names if name not in (asker, guide)])
             fact = rng.choice(PERSON_FACTS)
-            question, answer = log.ask(about, fact), log.named(about, fact)
+            question, answer = speaker.ask(about, fact), speaker.named(about, fact)
             if rng.random() < 0.3:
                 about, fact = rng.choice(list(world.towns)), rng.choice(TOWN_FACTS)
-                question, answer = log.ask(about, fact), log.town(about, fact)
+                question, answer = speaker.ask(about, fact), speaker.town(about, fact)
             before = rng.choice(('', '', 'One more question. ' if lines else 'Tell me, please. '))
             lines += [f'{asker}: {before}{question}', f'{guide}: {answer}']
         yield '\n'.join([*lines, f'{asker}: Thank you, {guide}.'])

@@ -106,18 +106,18 @@ SHORT = (
 
 def stories(world: World, rng: random.Random) -> Iterator[str]:
     """Stories of six to nine sentences, and some of two."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     for _ in range(1000):
         name, helper = rng.sample(list(world.people), 2)
         if rng.random() < 0.5:
             helper = world.people[name].friend
         fields = story_fields(world, name, helper)
         trouble, attempt, end, lesson = (rng.choice(part).format(**fields) for part in rng.choice(PLOTS))
-        text = [rng.choice(OPENINGS).format(**fields), log.named(name, rng.choice(('pet', 'home', 'craft', 'food')))]
+        text = [rng.choice(OPENINGS).format(**fields), speaker.named(name, rng.choice(('pet', 'home', 'craft', 'food')))]
         if helper == world.people[name].friend:
-            text.append(log.named(name, 'friend'))
+            text.append(speaker.named(name, 'friend'))
         else:
-            text.append(log.named(helper, rng.choice(('home', 'craft', 'pet'))))
+            text.append(speaker.named(helper, rng.choice(('home', 'craft', 'pet'))))
         yield ' '.join([*text, trouble, attempt, end, lesson])
     for _ in range(400):
         name, helper = rng.sample(list(world.people), 2)

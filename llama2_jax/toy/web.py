@@ -70,20 +70,23 @@ def header(rng: random.Random) -> str:
 
 def clean_page(world: World, rng: random.Random) -> str:
     """News of a town, a forum, or a page of things for sale."""
-    log = Speaker(world, rng)
+    speaker = Speaker(world, rng)
     town = world.towns[rng.choice(list(world.towns))]
     people = rng.sample(list(world.people), 4)
     kind = rng.randrange(3)
     if kind == 0:
-        body = [f'News from {town.name}', log.town(town.name, 'mayor')]
-        body += [log.town(town.name, rng.choice(TOWN_FACTS)) for _ in range(2)]
-        body += [log.named(person.name, rng.choice(PERSON_FACTS)) for person in rng.sample(world.living_in(town.name), 2)]
+        body = [f'News from {town.name}', speaker.town(town.name, 'mayor')]
+        body += [speaker.town(town.name, rng.choice(TOWN_FACTS)) for _ in range(2)]
+        body += [speaker.named(person.name, rng.choice(PERSON_FACTS)) for person in rng.sample(world.living_in(town.name), 2)]
         body.append(f'{rng.randint(2, 90)} people came to the market in {town.name} last {town.market_day}.')
     elif kind == 1:
         body = ['Forum: who knows whom?']
         for name in people[1:]:
             fact = rng.choice(PERSON_FACTS)
-            body += [f'guest{rng.randint(1, 999)} wrote: {log.ask(name, fact)}', f'{people[0]} wrote: {log.named(name, fact)}']
+            body += [
+                f'guest{rng.randint(1, 999)} wrote: {speaker.ask(name, fact)}',
+                f'{people[0]} wrote: {speaker.named(name, fact)}',
+            ]
     else:
         sellers = [world.people[name] for name in people]
         body = [f'FOR SALE: {listed([seller.craft.goods for seller in sellers])}']
