@@ -58,7 +58,7 @@ class Scorer:
         self._compute = ComputeConfig(dtype or compute.dtype, 'none', compute.attention)
         shards = int(np.prod([self._mesh.shape[axis] for axis in BATCH_AXES]))
         self._batch_size = -(-batch_size // shards) * shards
-        self._model = self._pack_rows(model)
+        self._model = self._place_model(model)
         self._score = scoring(self._compute)
 
     def score(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -96,7 +96,7 @@ class Scorer:
         sharding = NamedSharding(self._mesh, P(BATCH_AXES))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    def _pack_rows(self, model: ScoreModel) -> ScoreModel:
+    def _place_model(self, model: ScoreModel) -> ScoreModel:
         """The parameters in the compute dtype, cut over the mesh; the head stays in float32."""
 
         def move(path, leaf):
